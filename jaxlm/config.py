@@ -1,0 +1,391 @@
+"""Config and its parts, what makes one valid, loading an experiment, and its fingerprint.
+
+An experiment is a Python file with `get_config() -> Config` or `get_sweep() -> Sweep`. This module
+knows nothing of jax or of devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlm.schema import JaxlmError, UserError, checked, doc, hint, override, part, to_dict
+
+# ------------------------------------------------------------------------------------------ parts
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and variant of the Transformer."""
+
+    d_model: int = doc(128, "width of the residual stream")
+    n_layers: int = doc(4, "number of blocks")
+    n_heads: int = doc(4, "query heads")
+    n_kv_heads: int | None = doc(None, "key/value heads (grouped-query attention); None: n_heads")
+    d_head: int | None = doc(None, "width of a head; None: d_model // n_heads")
+    d_ff: int | None = doc(None, "hidden width of the feed-forward layer; None: 4 * d_model")
+    vocab_size: int = doc(256, "number of token ids")
+    seq_len: int = doc(128, "tokens per sequence")
+    norm: Literal["rmsnorm", "layernorm"] = doc("rmsnorm", "normalisation, before each sub-layer")
+    positions: Literal["rope", "learned", "none"] = doc("rope", "how positions enter")
+    rope_theta: float = doc(10_000.0, "base of the rotary frequencies")
+    activation: Literal["gelu", "swiglu"] = doc("gelu", "feed-forward non-linearity")
+    qk_norm: bool = doc(False, "RMSNorm on queries and keys, per head")
+    bias: bool = doc(False, "biases in linear layers (and in LayerNorm)")
+    tie_embeddings: bool = doc(True, "the unembedding is the embedding's transpose")
+    parametrization: Literal["standard", "mup"] = doc(
+        "standard", "mup: hidden learning rates and the output scale as 1/width"
+    )
+    base_d_model: int = doc(64, "width at which mup equals standard")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = doc(
+        "auto", "matmul and activation type; auto: float32 on CPU, bfloat16 elsewhere"
+    )
+    remat: Literal["none", "dots", "full"] = doc("none", "what the backward pass recomputes")
+    scan_layers: bool = doc(True, "scan over stacked layers; False unrolls (faster on small CPUs)")
+    layer: str = doc("", "own block, 'file.py:Class' (an nnx.Module like model.layers.Block)")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_head if self.d_head is not None else self.d_model // self.n_heads
+
+    @property
+    def ff_dim(self) -> int:
+        return self.d_ff if self.d_ff is not None else 4 * self.d_model
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, how it becomes tokens, and in which order it is seen."""
+
+    sources: tuple[str, ...] = doc(
+        ("stdlib",),
+        "'stdlib', folders, files or globs of .txt .md .py .jsonl(.gz), or 'file.py:function'",
+    )
+    licence: str = doc("", "SPDX id of the text in `sources`; '' records LicenseRef-unstated")
+    tokenizer: str = doc("bytes", "'bytes', 'bpe' (trained here), or a path to a tokenizer.json")
+    eval_fraction: float = doc(0.05, "share of documents held out for evaluation, by hash of text")
+    eval_sequences: int = doc(256, "sequences in one evaluation")
+    max_epochs: float = doc(1.0, "how often a token may be seen before the run is refused")
+    seed: int | None = doc(None, "seed of the sample order; None: the run's seed")
+    dir: str = doc("", "folder of the token shards; '': data/ in the run's (or sweep's) folder")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters move. Steps are given as shares, so that they follow the horizon."""
+
+    name: str = doc("adamw", "'adamw', 'muon', or own 'file.py:function'")
+    learning_rate: float = doc(3e-3, "peak learning rate")
+    schedule: str = doc("wsd", "'wsd', 'cosine', 'linear', 'constant', or own 'file.py:function'")
+    warmup_fraction: float = doc(0.05, "share of steps with a linear rise from 0")
+    decay_fraction: float = doc(0.3, "wsd: share of steps with the final fall")
+    final_fraction: float = doc(0.0, "learning rate at the end, as a share of the peak")
+    b1: float = doc(0.9, "Adam: decay of the first moment")
+    b2: float = doc(0.95, "Adam: decay of the second moment")
+    eps: float = doc(1e-8, "Adam: added to the root of the second moment")
+    weight_decay: float = doc(0.1, "decoupled, on matrices only, times the learning rate")
+    grad_clip: float = doc(1.0, "largest global gradient norm; 0: no clipping")
+    muon_momentum: float = doc(0.95, "muon: momentum of the orthogonalised matrices")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how often, what is watched."""
+
+    steps: int = doc(1000, "optimizer steps")
+    global_batch_size: int = doc(16, "sequences per step, over all devices")
+    accumulation_steps: int = doc(1, "micro-batches per step, weighted by their tokens")
+    objective: str = doc("next_token", "'next_token' or own 'file.py:function'")
+    z_loss: float = doc(0.0, "weight of log(Z)^2 in the loss")
+    steps_per_dispatch: int = doc(1, "steps in one lax.scan; every interval is a multiple of it")
+    log_every: int = doc(50, "steps between lines in metrics.jsonl")
+    eval_every: int = doc(0, "steps between evaluations; 0: at the end only")
+    checkpoint_every: int = doc(0, "steps between checkpoints; 0: at the end only")
+    keep_checkpoints: int = doc(2, "newest checkpoints kept")
+    probes: tuple[str, ...] = doc((), "prompts whose next-token distribution is logged")
+    sample_prompts: tuple[str, ...] = doc((), "prompts continued at each evaluation")
+    sample_tokens: int = doc(64, "tokens per sample")
+    track: tuple[str, ...] = doc((), "trackers besides TensorBoard: 'wandb', 'trackio'")
+    profile: str = doc("", "'START:STOP': a JAX profiler trace of these steps")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; -1 takes what is left. The product must be the device count."""
+
+    data: int = doc(-1, "batch over devices, parameters copied")
+    fsdp: int = doc(1, "batch over devices, parameters and optimizer state cut up (ZeRO-3)")
+    tensor: int = doc(1, "heads, feed-forward and vocabulary cut up")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    name: str = doc("run", "shown in reports; not part of the fingerprint")
+    seed: int = doc(0, "initial weights, and sample order unless data.seed is set")
+    model: ModelConfig = part(ModelConfig)
+    data: DataConfig = part(DataConfig)
+    optimizer: OptimizerConfig = part(OptimizerConfig)
+    train: TrainConfig = part(TrainConfig)
+    mesh: MeshConfig = part(MeshConfig)
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.train.global_batch_size * self.model.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens D."""
+        return self.train.steps * self.batch_tokens
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model size of a ladder; heads follow from the base's d_head."""
+
+    d_model: int = doc(64, "width")
+    n_layers: int = doc(2, "depth")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One compute budget and the sizes that share it (an IsoFLOP slice)."""
+
+    flops: float = doc(3e11, "training FLOPs of each member")
+    shapes: tuple[Shape, ...] = doc((), "sizes; their minimum in loss should lie inside")
+    replicates: int = doc(1, "runs (seeds) of the middle size, for the noise floor")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A ladder of runs, the fit they carry, and the rung that tests it."""
+
+    name: str = doc("sweep", "shown in reports")
+    seed: int = doc(0, "added to the seed of every member")
+    base: Config = part(Config)
+    rungs: tuple[Rung, ...] = doc((), "what is run and fitted")
+    holdout_flops: float = doc(0.0, "budget of the held-out run; 0: none")
+    holdout_shapes: tuple[Shape, ...] = doc((), "sizes it may take: the one nearest the prediction")
+    estimator: Literal["approach1", "approach2", "approach3"] = doc(
+        "approach1", "which fit predicts the held-out loss; named before anything runs"
+    )
+    vary: tuple[tuple[str, tuple[Any, ...]], ...] = doc(
+        (), "(('optimizer.learning_rate', (1e-3, 2e-3)), …): each member once per combination"
+    )
+    bootstrap: int = doc(1000, "resamples for the intervals")
+    workers: int = doc(0, "processes; 0: one per core on CPU, one elsewhere")
+    population: Literal["auto", "on", "off"] = doc(
+        "auto", "train members of one shape as one vmapped program; auto: not on CPU"
+    )
+    keep_checkpoints: Literal["best", "all", "none"] = doc(
+        "best", "whose final checkpoints stay on disk when the sweep is done"
+    )
+
+
+def validate(config: Config, where: str = "config") -> Config:
+    """`config`, its types checked and its numbers in range. Raises UserError, one line."""
+    config = checked(config, where)
+    m, d, o, t = config.model, config.data, config.optimizer, config.train
+
+    def need(ok: bool, name: str, value: Any, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{where}.{name}: expected {expected}, got {value!r}")
+
+    for name in ("d_model", "n_layers", "n_heads", "kv_heads", "head_dim", "ff_dim", "seq_len"):
+        need(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
+    need(m.vocab_size >= 2, "model.vocab_size", m.vocab_size, "at least 2")
+    if m.d_head is None:
+        heads = [h for h in range(1, m.d_model + 1) if m.d_model % h == 0]
+        near = min(heads, key=lambda h: abs(h - m.n_heads))
+        need(
+            m.d_model % m.n_heads == 0,
+            "model.n_heads",
+            m.n_heads,
+            f"a divisor of d_model={m.d_model} (nearest: {near}), or set d_head",
+        )
+    need(
+        m.n_heads % m.kv_heads == 0,
+        "model.n_kv_heads",
+        m.n_kv_heads,
+        f"a divisor of n_heads={m.n_heads}",
+    )
+    need(
+        m.positions != "rope" or m.head_dim % 2 == 0,
+        "model.d_head",
+        m.head_dim,
+        f"an even width for rotary positions (nearest: {m.head_dim + 1})",
+    )
+    need(len(d.sources) > 0, "data.sources", d.sources, "at least one source")
+    need(0 < d.eval_fraction < 1, "data.eval_fraction", d.eval_fraction, "between 0 and 1")
+    need(d.eval_sequences >= 1, "data.eval_sequences", d.eval_sequences, "at least 1")
+    need(d.max_epochs > 0, "data.max_epochs", d.max_epochs, "above 0")
+    need(o.learning_rate > 0, "optimizer.learning_rate", o.learning_rate, "above 0")
+    for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
+        need(0 <= getattr(o, name) <= 1, f"optimizer.{name}", getattr(o, name), "between 0 and 1")
+    for name in ("steps", "global_batch_size", "accumulation_steps", "steps_per_dispatch"):
+        need(getattr(t, name) >= 1, f"train.{name}", getattr(t, name), "at least 1")
+    need(t.keep_checkpoints >= 1, "train.keep_checkpoints", t.keep_checkpoints, "at least 1")
+    need(t.log_every >= 1, "train.log_every", t.log_every, "at least 1")
+    need(
+        t.global_batch_size % t.accumulation_steps == 0,
+        "train.accumulation_steps",
+        t.accumulation_steps,
+        f"a divisor of global_batch_size={t.global_batch_size}",
+    )
+    k = t.steps_per_dispatch
+    for name in ("eval_every", "checkpoint_every"):
+        n = getattr(t, name)
+        need(
+            n >= 0 and n % k == 0,
+            f"train.{name}",
+            n,
+            f"a multiple of steps_per_dispatch={k} (nearest: {max(k, round(n / k) * k)})",
+        )
+    need(_profile_ok(t.profile), "train.profile", t.profile, "'START:STOP' with START < STOP")
+    for name in t.track:
+        need(
+            name in ("tensorboard", "wandb", "trackio"),
+            "train.track",
+            name,
+            "tensorboard, wandb or trackio",
+        )
+    return config
+
+
+def _profile_ok(text: str) -> bool:
+    start, _, stop = text.partition(":")
+    return not text or (start.isdigit() and stop.isdigit() and int(start) < int(stop))
+
+
+# --------------------------------------------------------------------- files, references, identity
+
+
+def resolve(reference: str, where: str) -> Any:
+    """The object named by 'file.py:name' or 'package.module:name'. Raises UserError."""
+    target, _, name = reference.rpartition(":")
+    if not target:
+        raise UserError(f"{where}: expected 'file.py:name' or 'module:name', got {reference!r}")
+    module = _load_file(Path(target), where) if target.endswith(".py") else _import(target, where)
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{where}: {target} has no {name!r}; {hint(name, public)}")
+    return getattr(module, name)
+
+
+def _import(name: str, where: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"{where}: cannot import {name!r}: {e}") from e
+
+
+def _load_file(path: Path, where: str) -> types.ModuleType:
+    if not path.is_file():
+        raise UserError(f"{where}: no such file: {path}")
+    name = f"jaxlm_experiment_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except JaxlmError:
+        del sys.modules[name]
+        raise
+    except Exception as e:
+        del sys.modules[name]
+        line = e.lineno if isinstance(e, SyntaxError) else _line_in(path, e)
+        raise UserError(f"{where}: {path}:{line}: {type(e).__name__}: {e}") from e
+    return module
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    line, trace = None, error.__traceback__
+    while trace:
+        if Path(trace.tb_frame.f_code.co_filename) == path:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config | Sweep:
+    """The Config or Sweep of an experiment file, with `(dotted field, text)` overrides applied."""
+    module = _load_file(Path(path), "--config")
+    if hasattr(module, "get_sweep"):
+        experiment = module.get_sweep()
+    elif hasattr(module, "get_config"):
+        experiment = module.get_config()
+    else:
+        raise UserError(f"--config: {path} defines neither get_config() nor get_sweep()")
+    if not isinstance(experiment, (Config, Sweep)):
+        raise UserError(f"--config: {path} returned {type(experiment).__name__}, not a Config")
+    for dotted, text in overrides:
+        experiment = override(experiment, dotted, text)
+    if isinstance(experiment, Sweep):
+        experiment = checked(experiment, "config")
+        validate(experiment.base, "config.base")
+        return experiment
+    return validate(experiment)
+
+
+def references(config: Config) -> dict[str, str]:
+    """Field → 'file.py:name' for what a run brings from outside the package."""
+    found = {
+        "model.layer": config.model.layer,
+        "optimizer.name": config.optimizer.name,
+        "optimizer.schedule": config.optimizer.schedule,
+        "train.objective": config.train.objective,
+        **{f"data.sources[{i}]": s for i, s in enumerate(config.data.sources)},
+    }
+    return {k: v for k, v in found.items() if is_reference(v)}
+
+
+def is_reference(text: str) -> bool:
+    target, colon, name = text.rpartition(":")
+    return (
+        bool(colon)
+        and name.isidentifier()
+        and (target.endswith(".py") or all(p.isidentifier() for p in target.split(".")))
+    )
+
+
+# What is watched or where things lie does not change what is computed.
+_NOT_IDENTITY = {
+    "": ("name",),
+    "data": ("dir", "licence"),
+    "train": (
+        "log_every", "checkpoint_every", "keep_checkpoints", "probes", "sample_prompts",
+        "sample_tokens", "track", "profile",
+    ),
+}  # fmt: skip
+
+
+def fingerprint(config: Config) -> str:
+    """16 hex digits that two configs share exactly when they describe the same computation.
+
+    The text of every file that the config refers to is part of it.
+    """
+    values = to_dict(config)
+    for group, names in _NOT_IDENTITY.items():
+        for name in names:
+            (values[group] if group else values).pop(name)
+    for where, reference in references(config).items():
+        target = reference.rpartition(":")[0]
+        if target.endswith(".py") and Path(target).is_file():
+            values[f"source of {where}"] = hashlib.sha256(Path(target).read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
