@@ -96,7 +96,7 @@ def check(value: Any, want: Any, where: str) -> Any:
 
 
 def _fields(cls: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls if isinstance(cls, type) else type(cls))
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
