@@ -1,0 +1,153 @@
+"""optax chains and schedules whose numbers are arrays, so that one program serves many members."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+
+from jaxlm.config import Config, OptimizerConfig, is_reference, resolve
+from jaxlm.model.scale import MATRICES, by_role, learning_rate_multipliers
+from jaxlm.model.transformer import Declared, table
+from jaxlm.schema import UserError, hint
+
+
+class Hyper(NamedTuple):
+    """What may differ between runs of one compiled program; float32 scalars but for the seed."""
+
+    seed: Any  # int32
+    learning_rate: Any
+    weight_decay: Any
+    steps: Any
+    warmup_steps: Any
+    decay_steps: Any
+    final_fraction: Any
+
+
+def hyper(config: Config) -> Hyper:
+    """The numbers of one run, shares turned into steps."""
+    o, steps = config.optimizer, config.train.steps
+    f32 = np.float32
+    return Hyper(
+        seed=np.int32(config.seed),
+        learning_rate=f32(o.learning_rate),
+        weight_decay=f32(o.weight_decay),
+        steps=f32(steps),
+        warmup_steps=f32(max(1, round(o.warmup_fraction * steps))),
+        decay_steps=f32(max(1, round(o.decay_fraction * steps))),
+        final_fraction=f32(o.final_fraction),
+    )
+
+
+# ------------------------------------------------------------------------------------- schedules
+
+
+def _constant(done: jax.Array, h: Hyper) -> jax.Array:
+    return jnp.ones_like(done)
+
+
+def _linear(done: jax.Array, h: Hyper) -> jax.Array:
+    return 1.0 - (1.0 - h.final_fraction) * done
+
+
+def _cosine(done: jax.Array, h: Hyper) -> jax.Array:
+    return h.final_fraction + (1.0 - h.final_fraction) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+
+
+def _wsd(done: jax.Array, h: Hyper) -> jax.Array:
+    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM §4), with a linear decay."""
+    left = (1.0 - done) * (h.steps - h.warmup_steps)
+    return jnp.clip(left / h.decay_steps, 0.0, 1.0) * (1.0 - h.final_fraction) + h.final_fraction
+
+
+SCHEDULES = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": _wsd}
+
+
+def learning_rate(config: OptimizerConfig, h: Hyper, step: jax.Array) -> jax.Array:
+    """Learning rate of update number `step` (0 first): linear warm-up, then the schedule.
+
+    A schedule maps the share of steps done after warm-up (0 … 1) and the Hyper to a factor;
+    'file.py:function' brings another with the same signature.
+    """
+    after = _named(config.schedule, SCHEDULES, "config.optimizer.schedule")
+    step = step.astype(jnp.float32)
+    warm = jnp.minimum(1.0, (step + 1.0) / h.warmup_steps)
+    done = jnp.clip((step - h.warmup_steps) / jnp.maximum(h.steps - h.warmup_steps, 1.0), 0.0, 1.0)
+    return h.learning_rate * warm * after(done, h)
+
+
+# ------------------------------------------------------------------------------------ optimizers
+
+
+def _adam(config: Config) -> optax.GradientTransformation:
+    """Adam's direction (Kingma & Ba 2015), matrices scaled as the parametrisation says."""
+    o, multipliers = config.optimizer, learning_rate_multipliers(config.model)
+    return optax.chain(
+        optax.scale_by_adam(o.b1, o.b2, o.eps),
+        optax.stateless(lambda u, _: jax.tree.map(lambda a, m: a * m, u, multipliers)),
+    )
+
+
+def _muon(config: Config) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for hidden matrices, Adam for the rest.
+
+    Orthogonalised updates get an RMS of 0.2 (Liu et al. 2025, eq. 4), so that one learning rate
+    serves both. Under muP they shrink as 1/√width, which keeps their spectral norm.
+    """
+    o, shrink = config.optimizer, learning_rate_multipliers(config.model)
+    hidden = by_role(config.model, ("hidden",))
+    scales = jax.tree.map(lambda yes, m: m**0.5 if yes else m, hidden, shrink)
+    return optax.chain(
+        optax.contrib.muon(
+            learning_rate=-1.0,  # its sign is turned back: the step is taken in one place below
+            beta=o.muon_momentum,
+            adam_b1=o.b1,
+            adam_b2=o.b2,
+            eps=o.eps,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrix_axes(config),
+        ),
+        optax.stateless(lambda u, _: jax.tree.map(lambda a, m: a * m, u, scales)),
+    )
+
+
+def _matrix_axes(config: Config) -> Any:
+    """For each hidden matrix, which axes are its input and which its output; None for the rest."""
+
+    def axes(row: Declared) -> Any:
+        if row.role != "hidden":
+            return None
+        first = 1 if row.axes[0] == "layers" else 0
+        inner = tuple(range(first, len(row.axes)))
+        cut = len(inner) - 1 if row.axes[-1] == "d_model" else 1
+        return optax.contrib.MuonDimensionNumbers(inner[:cut], inner[cut:])
+
+    return jax.tree.map(axes, table(config.model), is_leaf=lambda x: isinstance(x, Declared))
+
+
+OPTIMIZERS = {"adamw": _adam, "muon": _muon}
+
+
+def transform(config: Config, weight_decay: Any, rate: Any) -> optax.GradientTransformation:
+    """Clip, direction, decoupled decay of matrices, step; `weight_decay` and `rate` may be traced.
+
+    'file.py:function' brings another direction: (Config) -> optax.GradientTransformation.
+    """
+    o = config.optimizer
+    direction = _named(o.name, OPTIMIZERS, "config.optimizer.name")(config)
+    clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
+    matrices = by_role(config.model, MATRICES)
+    decay = optax.add_decayed_weights(weight_decay, mask=matrices)
+    return optax.chain(clip, direction, decay, optax.scale(-rate))
+
+
+def _named(name: str, known: dict[str, Any], where: str) -> Any:
+    if is_reference(name):
+        return resolve(name, where)
+    if name not in known:
+        raise UserError(f"{where}: no {name!r}; {hint(name, known)}, or 'file.py:function'")
+    return known[name]

@@ -1,0 +1,166 @@
+"""The pure train step, and the one program that runs a chunk of steps.
+
+Everything that may differ between members of one shape (seed, learning rate, decay, horizon) is an
+array in `Hyper`, so `program(config)` compiles once per shape; it is cached on the static rest of
+the config, and maps over a population of members when asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import P
+
+from jaxlm.config import Config, DataConfig, is_reference, resolve
+from jaxlm.data.loader import Batch
+from jaxlm.mesh import spec
+from jaxlm.model import transformer
+from jaxlm.model.transformer import Params
+from jaxlm.schema import UserError
+from jaxlm.train import losses, optimizer
+from jaxlm.train.optimizer import Hyper
+
+
+class State(NamedTuple):
+    params: Params
+    opt_state: Any
+    step: jax.Array  # int32 scalar, updates made
+
+
+Metrics = dict[str, jax.Array]
+
+
+def static(config: Config) -> Config:
+    """`config` without what a compiled program does not depend on."""
+    return dataclasses.replace(
+        config,
+        name="",
+        seed=0,
+        data=DataConfig(),
+        optimizer=dataclasses.replace(
+            config.optimizer,
+            learning_rate=1.0,
+            weight_decay=0.0,
+            warmup_fraction=0.0,
+            decay_fraction=0.0,
+            final_fraction=0.0,
+        ),
+        train=dataclasses.replace(
+            config.train, steps=1, log_every=1, eval_every=0, checkpoint_every=0,
+            keep_checkpoints=1, probes=(), sample_prompts=(), sample_tokens=0, track=(), profile="",
+        ),
+    )  # fmt: skip
+
+
+def objective(config: Config) -> Callable[..., tuple[jax.Array, losses.Sums]]:
+    name = config.train.objective
+    if is_reference(name):
+        return resolve(name, "config.train.objective")
+    if name != "next_token":
+        raise UserError(
+            f"config.train.objective: expected 'next_token' or 'file.py:function', got {name!r}"
+        )
+    return losses.next_token
+
+
+def init_state(config: Config, hyper: Hyper) -> State:
+    """Fresh parameters and optimizer state on the current mesh."""
+    params = transformer.init(config.model, jax.random.key(hyper.seed))
+    opt_state = optimizer.transform(config, 0.0, 0.0).init(params)
+    return State(params, opt_state, jnp.zeros((), jnp.int32))
+
+
+def train_step(config: Config, hyper: Hyper, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """One update from one global batch. Loss and gradients are means over token weights."""
+    key = jax.random.fold_in(jax.random.key(hyper.seed), state.step)
+    total = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    loss, sums, grads = _gradients(config, state.params, batch, total, key)
+    rate = optimizer.learning_rate(config.optimizer, hyper, state.step)
+    tx = optimizer.transform(config, hyper.weight_decay, rate)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": optax.global_norm(grads),
+        "learning_rate": rate,
+        **{name: value / total for name, value in sums.items()},
+    }
+    return State(params, opt_state, state.step + 1), metrics
+
+
+def _gradients(
+    config: Config, params: Params, batch: Batch, total: jax.Array, key: jax.Array
+) -> tuple[jax.Array, losses.Sums, Params]:
+    """Loss, extra sums and gradients, accumulated in float32 over micro-batches."""
+
+    def loss_fn(params: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, losses.Sums]:
+        loss, sums = objective(config)(config, params, part, key)
+        return loss / total, sums
+
+    n = config.train.accumulation_steps
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if n == 1:
+        (loss, sums), grads = gradient(params, batch, key)
+        return loss, sums, grads
+
+    def split(x: jax.Array) -> jax.Array:  # rows stay on their device: [b] → [b/n, n] → [n, b/n]
+        sharding = spec(("batch", *[None] * x.ndim))
+        return x.reshape(x.shape[0] // n, n, *x.shape[1:], out_sharding=sharding).swapaxes(0, 1)
+
+    def add(done: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        (loss, sums), grads = gradient(params, *part)
+        return jax.tree.map(jnp.add, done, (loss, sums, grads)), None
+
+    parts = (jax.tree.map(split, batch), jax.random.split(key, n))
+    first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
+    (loss, sums), grads = gradient(params, *first)
+    return jax.lax.scan(add, (loss, sums, grads), rest)[0]
+
+
+class Program(NamedTuple):
+    """Jitted functions of one shape; with a population, every argument leads with its axis."""
+
+    init: Callable[[Hyper], State]
+    chunk: Callable[[Hyper, State, Batch], tuple[State, Metrics]]  # donates the state
+
+
+def program(config: Config, population: int = 0) -> Program:
+    """`init(hyper)`, `chunk(hyper, state, batches [n, b, t])`; population > 0: over members."""
+    mesh = jax.sharding.get_mesh()
+    return _program(static(config), population, mesh)
+
+
+@functools.lru_cache(maxsize=32)
+def _program(config: Config, population: int, mesh: Any) -> Program:
+    del mesh  # part of the key: programs are traced for the mesh that is set
+
+    def init(hyper: Hyper) -> State:
+        return init_state(config, hyper)
+
+    def chunk(hyper: Hyper, state: State, batches: Batch) -> tuple[State, Metrics]:
+        if batches.tokens.shape[0] == 1:  # a scan of one step would only cost
+            state, metrics = train_step(config, hyper, state, jax.tree.map(lambda x: x[0], batches))
+            return state, jax.tree.map(lambda x: x[None], metrics)
+        return jax.lax.scan(lambda s, b: train_step(config, hyper, s, b), state, batches)
+
+    if population:
+        init, chunk = jax.vmap(init), jax.vmap(chunk)
+    return Program(jax.jit(init), jax.jit(chunk, donate_argnums=1))
+
+
+def abstract_state(config: Config, hyper: Hyper) -> State:
+    """Shapes, types and shardings of `init`'s result, without computing it."""
+    mesh = jax.sharding.get_mesh()
+    abstract = jax.eval_shape(program(config).init, hyper)
+
+    def with_sharding(x: Any) -> jax.ShapeDtypeStruct:
+        partition = x.sharding.spec if getattr(x, "sharding", None) is not None else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, partition))
+
+    return jax.tree.map(with_sharding, abstract)
