@@ -1,0 +1,271 @@
+"""Text to token ids and back: plain bytes, a byte-level BPE trained here, or any tokenizer.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxlm.schema import JaxlmError, UserError, hint
+
+FORMAT = "jaxlm.tokenizer/1"
+EOS = "<|endoftext|>"
+BPE_MIN_VOCAB = 257  # all bytes and the end of text
+
+# Ends of text by convention, for a tokenizer.json that says nothing about its own.
+_EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package knows of a tokenizer."""
+
+    @property
+    def kind(self) -> str:
+        """'bytes' or 'subword'."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id appended after each document. No text encodes to it, except NUL in 'bytes'."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) that two tokenizers share when they treat every text alike."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [tokens], without any special token, whatever the text contains."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in parallel where the library can."""
+
+    def decode(self, ids: Any) -> str:
+        """Text of ids [tokens]. Bytes that are not whole UTF-8 become U+FFFD; ids outside the
+        vocabulary (which a padded model can produce) say nothing and are left out."""
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: UTF-8 bytes of text that each id stands for; 0 for special ids."""
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write what `load` reads, into an existing or new folder."""
+
+
+def load(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `save` wrote. Raises JaxlmError if it is missing or was altered."""
+    folder = Path(directory)
+    try:
+        stored = json.loads((folder / "jaxlm.json").read_text())
+        if stored["format"] != FORMAT:
+            raise JaxlmError(f"{folder}/jaxlm.json: expected {FORMAT}, got {stored['format']!r}")
+        tokenizer: Tokenizer = Bytes()
+        if stored["kind"] == "subword":
+            text = (folder / "tokenizer.json").read_text("utf-8")
+            tokenizer = Subword(_parse(text, str(folder / "tokenizer.json")), stored["eos"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise JaxlmError(f"{folder}: no readable tokenizer: {type(e).__name__}: {e}") from e
+    if tokenizer.fingerprint != stored["fingerprint"]:
+        raise JaxlmError(f"{folder}: the tokenizer was altered since it was saved")
+    return tokenizer
+
+
+def create(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names, with at most `vocab_size` ids.
+
+    `texts` are read only where there is something to train. Raises UserError.
+    """
+    if name == "bytes":
+        tokenizer: Tokenizer = Bytes()
+    elif name == "bpe":
+        tokenizer = train_bpe(texts, vocab_size)
+    elif name.endswith(".json"):
+        tokenizer = from_file(name)
+    else:
+        raise UserError(
+            f"data.tokenizer: expected 'bytes', 'bpe' or a path to a tokenizer.json, got {name!r}; "
+            + hint(name, ("bytes", "bpe"))
+        )
+    check_vocab(tokenizer, name, vocab_size)
+    return tokenizer
+
+
+def check_vocab(tokenizer: Tokenizer, name: str, vocab_size: int) -> None:
+    """Raises UserError if the model has fewer rows than the tokenizer has ids."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size: tokenizer {name!r} has {tokenizer.vocab_size:,} ids, "
+            f"more than vocab_size={vocab_size:,}; set it to at least {tokenizer.vocab_size}"
+        )
+
+
+# ------------------------------------------------------------------------------------------- bytes
+
+
+class Bytes:
+    """UTF-8 bytes as ids. Id 0 (NUL, which text hardly ever contains) also ends a document."""
+
+    kind = "bytes"
+    vocab_size = 256
+    eos_id = 0
+    fingerprint = hashlib.sha256(b"jaxlm.tokenizer/1 bytes eos=0").hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Any) -> str:
+        return _known(ids, 256).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        counts = np.ones(256, np.int32)
+        counts[self.eos_id] = 0
+        return counts
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        _save(directory, {"kind": self.kind, "fingerprint": self.fingerprint})
+
+
+# ----------------------------------------------------------------------------------------- subword
+
+
+class Subword:
+    """A Hugging Face tokenizer. Text that spells a special token stays text."""
+
+    kind = "subword"
+
+    def __init__(self, inner: Any, eos: str) -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True  # read: encode them as ordinary text
+        eos_id = inner.token_to_id(eos)
+        if eos_id is None:
+            raise UserError(f"data.tokenizer: its end of text {eos!r} is not in its vocabulary")
+        self.inner, self.eos, self.eos_id = inner, eos, int(eos_id)
+        self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
+        self.fingerprint = hashlib.sha256(f"{inner.to_str()}\n{eos}".encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, np.int32) for e in encoded]
+
+    def decode(self, ids: Any) -> str:
+        known = _known(ids, self.vocab_size).tolist()
+        return self.inner.decode(known, skip_special_tokens=False)
+
+    def token_bytes(self) -> np.ndarray:
+        spec = json.loads(self.inner.to_str())
+        byte_level = "ByteLevel" in _types(spec["decoder"])
+        continues = "##" if spec["model"]["type"] == "WordPiece" else ""
+        counts = np.zeros(self.vocab_size, np.int32)
+        for token, i in self.inner.get_vocab(with_added_tokens=False).items():
+            counts[i] = len(token) if byte_level else _spelled_bytes(token, continues)
+        for added in spec["added_tokens"]:
+            counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        counts[self.eos_id] = 0
+        return counts
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "tokenizer.json").write_text(self.inner.to_str(), "utf-8")
+        stored = {"kind": self.kind, "eos": self.eos, "fingerprint": self.fingerprint}
+        _save(directory, stored)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Subword:
+    """Byte-level BPE (GPT-2's pre-tokenization; Radford et al. 2019, §2.2) of `vocab_size` ids.
+
+    Id 0 ends a text. Fewer ids result where the texts hold fewer repeated pairs. Raises UserError
+    for a vocabulary that cannot even hold the bytes.
+    """
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < BPE_MIN_VOCAB:
+        raise UserError(
+            f"model.vocab_size: tokenizer 'bpe' needs at least {BPE_MIN_VOCAB} ids (bytes and end "
+            f"of text), got {vocab_size}; set data.tokenizer='bytes' for a smaller vocabulary"
+        )
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Subword(inner, EOS)
+
+
+def from_file(path: str | os.PathLike[str]) -> Subword:
+    """A tokenizer.json; its end of text is read from a tokenizer_config.json beside it, or is the
+    first conventional name that it knows. Raises UserError."""
+    file = Path(path)
+    try:
+        inner = _parse(file.read_text("utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"data.tokenizer: cannot read {file}: {e}") from e
+    eos = _stated_eos(file.with_name("tokenizer_config.json"))
+    names = (eos,) if eos else _EOS_NAMES
+    known = next((n for n in names if inner.token_to_id(n) is not None), None)
+    if known is None:
+        raise UserError(f"data.tokenizer: {file} has no end of text (none of {', '.join(names)})")
+    return Subword(inner, known)
+
+
+def _stated_eos(config: Path) -> str:
+    if not config.is_file():
+        return ""
+    try:
+        stated = json.loads(config.read_text("utf-8")).get("eos_token") or ""
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"data.tokenizer: cannot read {config}: {e}") from e
+    return stated.get("content", "") if isinstance(stated, dict) else str(stated)
+
+
+def _parse(text: str, where: str) -> Any:
+    from tokenizers import Tokenizer as Inner
+
+    try:
+        return Inner.from_str(text)
+    except Exception as e:  # the library raises bare Exception
+        raise UserError(f"data.tokenizer: {where} is not a tokenizer.json: {e}") from e
+
+
+def _known(ids: Any, vocab_size: int) -> np.ndarray:
+    array = np.asarray(ids, np.int64).reshape(-1)
+    return array[(array >= 0) & (array < vocab_size)]
+
+
+def _types(decoder: dict[str, Any] | None) -> set[str]:
+    """Types of a decoder and of its parts."""
+    if not decoder:
+        return set()
+    return {decoder["type"]}.union(*map(_types, decoder.get("decoders", [])))
+
+
+def _spelled_bytes(token: str, continues: str) -> int:
+    """Bytes behind a SentencePiece ('▁the', '<0x0A>') or WordPiece ('##ing') spelling."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return 1
+    return len(token.removeprefix(continues).replace("▁", " ").encode())
+
+
+def _save(directory: str | os.PathLike[str], stored: dict[str, Any]) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, **stored}, indent=2) + "\n"
+    (Path(directory) / "jaxlm.json").write_text(text)
