@@ -104,3 +104,21 @@ def put_batch(tree: Any, mesh: jax.sharding.Mesh, leading: int = 0) -> Any:
         return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(put, tree)
+
+
+# Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+}
+
+
+def peak_flops() -> float:
+    """Peak FLOP/s of all devices together; 0.0 where it is not known (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    known = [name for name in _PEAK_FLOPS if kind.startswith(name)]
+    return _PEAK_FLOPS[max(known, key=len)] * jax.device_count() if known else 0.0
