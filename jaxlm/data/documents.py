@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from jaxlm.config import is_reference, resolve
+from jaxlm.files import first_line
 from jaxlm.schema import JaxlmError, UserError
 
 UNSTATED = "LicenseRef-unstated"
@@ -188,7 +189,7 @@ def _from_function(reference: str, where: str) -> Iterator[Document]:
     except JaxlmError:
         raise
     except Exception as e:
-        raise UserError(f"{where}: {reference} failed: {type(e).__name__}: {e}") from e
+        raise UserError(f"{where}: {reference} failed: {first_line(e)}") from e
 
 
 def _from_files(paths: Iterable[str], where: str) -> Iterator[Document | Unusable]:
@@ -258,8 +259,8 @@ def _nearest(path: str) -> str:
 
 
 def _shown(path: str) -> str:
-    """A path as printable text, also where its name is not UTF-8."""
-    return path.encode("utf-8", "backslashreplace").decode()
+    """A path as one line of text, whatever bytes its name consists of."""
+    return path if path.isprintable() else ascii(path)
 
 
 # ----------------------------------------------------------------------------------------- reading

@@ -18,7 +18,7 @@ from jaxlm.data import shards, tokenizer
 from jaxlm.schema import UserError
 
 PREFETCHED_CHUNKS = 2
-SHUFFLE_ROUNDS = 4
+ROUNDS = 8  # of the cipher that shuffles
 
 
 class Batch(NamedTuple):
@@ -120,23 +120,46 @@ def indices(windows: int, seed: int, samples: np.ndarray) -> np.ndarray:
       seed: of the order.
       samples: int, any shape: sample numbers from 0 (the first sequence of the run) without end.
 
-    A cipher computes each entry of a permutation alone (grain's `index_shuffle`): seeking costs
-    nothing and no permutation is ever held in memory.
+    Each entry of a permutation is computed alone, so seeking costs nothing and no permutation is
+    ever held in memory.
     """
-    from grain.experimental import index_shuffle
-
     samples = np.asarray(samples, np.int64)
-    epoch, within = np.divmod(samples.reshape(-1), windows)
-    # Not seed + epoch: then epoch 1 of seed 0 would be epoch 0 of seed 1.
-    keys = {
-        e: int(np.random.SeedSequence([seed % 2**64, e]).generate_state(1)[0])
-        for e in np.unique(epoch).tolist()
-    }
-    shuffled = [
-        index_shuffle(i, windows - 1, keys[e], SHUFFLE_ROUNDS)
-        for e, i in zip(epoch.tolist(), within.tolist(), strict=True)
-    ]
-    return np.array(shuffled, np.int64).reshape(samples.shape)
+    epochs, within = np.divmod(samples, windows)
+    out = np.empty_like(samples)
+    for epoch in np.unique(epochs).tolist():
+        # Not seed + epoch: then epoch 1 of seed 0 would be epoch 0 of seed 1.
+        keys = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(ROUNDS, np.uint64)
+        now = epochs == epoch
+        out[now] = _permuted(within[now], windows, keys)
+    return out
+
+
+def _permuted(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """The images of `numbers` (int64 [k], below n) under the permutation of 0 … n - 1 that `keys`
+    (uint64 [ROUNDS]) select.
+
+    A Feistel cipher (Luby and Rackoff 1988) on the next even number of bits, applied again where
+    it leaves 0 … n - 1 (cycle walking: Black and Rogaway 2002, §3). grain's `index_shuffle` is the
+    same idea, but takes 3 µs per number, and 500 µs where n is near 100.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out = numbers.astype(np.uint64)
+    outside = np.arange(len(out))
+    while len(outside):
+        left, right = out[outside] >> half, out[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        out[outside] = (left << half) | right
+        outside = outside[out[outside] >= n]
+    return out.astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014, figure 16)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def chunk(
