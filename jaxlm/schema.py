@@ -139,6 +139,11 @@ def override(config: C, dotted: str, value: Any, where: str = "config") -> C:
     return dataclasses.replace(config, **{head: new})  # type: ignore[type-var]
 
 
+def parse_literal(text: str, want: Any, where: str) -> Any:
+    """`text` from a command line as the annotation `want` wants it. Raises UserError."""
+    return check(_parse(text, want), want, where)
+
+
 def _parse(text: str, want: Any) -> Any:
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]

@@ -112,16 +112,16 @@ class _Loop:
         self.flops_per_step = size(self.config.model).flops_per_token * self.config.batch_tokens
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.diverged: dict[int, int] = {}  # member → step
+        self.tracing = False
 
     # ------------------------------------------------------------------------------------ the run
 
     def run(self) -> list[record.RunRecord]:
         self.started = self.last_row = time.perf_counter()
         self.state, self.step = self._start()
-        steps = self.config.train.steps
-        feed = self._feed()
-        for batches in feed:
+        for batches in self._feed():
             n = batches.tokens.shape[1 if self.population else 0]
+            self._profile()
             on_mesh = mesh.put_batch(batches, self.mesh, leading=2 if self.population else 1)
             self.state, metrics = self.program.chunk(self.hyper, self.state, on_mesh)
             self._log_pending()
@@ -130,8 +130,7 @@ class _Loop:
             self._at_boundary()
             if self.stop:
                 self._leave()
-        if steps == self.step:
-            self._log_pending()
+        self._stop_trace()
         return [self._finish(i) for i in range(len(self.members))]
 
     def _start(self) -> tuple[State, int]:
@@ -176,6 +175,23 @@ class _Loop:
         if not self.population:
             return feeds[0]
         return (jax.tree.map(lambda *x: np.stack(x), *parts) for parts in zip(*feeds, strict=True))
+
+    def _profile(self) -> None:
+        """Starts and stops the trace that `train.profile` asks for, at borders of chunks."""
+        if not self.config.train.profile:
+            return
+        start, stop = map(int, self.config.train.profile.split(":"))
+        if not self.tracing and start <= self.step < stop:
+            jax.profiler.start_trace(str(self.members[0].run.folder / "profile"))
+            self.tracing = True
+        elif self.tracing and self.step >= stop:
+            self._stop_trace()
+
+    def _stop_trace(self) -> None:
+        if self.tracing:
+            jax.block_until_ready(self.state.step)
+            jax.profiler.stop_trace()
+            self.tracing = False
 
     # ------------------------------------------------------------------------------------- events
 
@@ -273,6 +289,7 @@ class _Loop:
         member.run.event("diverged", step=step)
         self.diverged[i] = step
         if not self.population:
+            self._finish(i)
             kept = member.run.checkpoints.steps()
             good = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint yet"
             raise Diverged(

@@ -1,0 +1,28 @@
+"""GPT-2 774m from scratch on your own text, byte-level BPE trained on it.
+
+Command:  jaxlm train --config=experiments/gpt2_774m.py --workdir=runs/gpt2_774m \\
+              --config.data.sources=my_text/ --config.data.licence=CC-BY-4.0
+Recipe:   Brown et al. 2020, table 2.1, for this size; 300,000 steps of 0.5 M tokens on a pod.
+"""
+
+from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxlm.model.presets import gpt2
+
+
+def get_config() -> Config:
+    return Config(
+        name="gpt2_774m",
+        model=gpt2("774m"),
+        data=DataConfig(sources=("stdlib",), tokenizer="bpe"),
+        optimizer=OptimizerConfig(
+            learning_rate=2.5e-4, schedule="cosine", warmup_fraction=0.001, final_fraction=0.1
+        ),
+        train=TrainConfig(
+            steps=300_000,
+            global_batch_size=512,
+            eval_every=5000,
+            checkpoint_every=1000,
+            sample_prompts=("The ",),
+        ),
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )

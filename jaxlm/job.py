@@ -1,0 +1,120 @@
+"""A training job: data, mesh, observers and the loop, in one folder per run.
+
+`jaxlm train`, the Python face and every sweep worker come through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm import mesh
+from jaxlm.config import Config
+from jaxlm.data import loader, shards, tokenizer
+from jaxlm.evaluate import likelihood
+from jaxlm.files import write_bytes
+from jaxlm.generate import decode
+from jaxlm.schema import UserError
+from jaxlm.train import loop, workdir
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.optimizer import hyper
+from jaxlm.train.record import Role, RunRecord
+from jaxlm.train.run import Run
+from jaxlm.train.step import abstract_state
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run to train: what, where, and its part in a sweep."""
+
+    config: Config
+    folder: Path
+    role: Role = "single"
+    budget: float = 0.0
+
+
+def cache_compilations() -> None:
+    """JAX's persistent compilation cache, also for programs that compile in under a second."""
+    if not jax.config.read("jax_compilation_cache_dir"):
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxlm" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def train(
+    tasks: Sequence[Task],
+    data_dir: Path,
+    stop: Any = False,
+    progress: loop.Progress = lambda run, row: None,
+) -> list[RunRecord]:
+    """Train the tasks to their ends, from wherever they are; returns their records.
+
+    Several tasks must be of one shape and horizon: they train as one program (`jax.vmap`). Token
+    shards must be in `data_dir`. A finished task is not touched. Raises what `loop.fit` raises,
+    and UserError for a folder that holds another run or another process.
+    """
+    cache_compilations()
+    data = shards.read_manifest(data_dir)
+    runs = [Run(t.config, t.folder, data.fingerprint, t.role, t.budget) for t in tasks]
+    with contextlib.ExitStack() as held:
+        for run in runs:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(workdir.lock(run.folder))
+            run.claim()
+        todo = [run for run in runs if run.record() is None]
+        for group in _groups(todo):
+            _fit(group, data_dir, stop, progress)
+    return [found for run in runs if (found := run.record()) is not None]
+
+
+def _groups(todo: list[Run]) -> list[list[Run]]:
+    """All at once, unless an interruption left them at different steps: then one by one."""
+    steps = {max(run.checkpoints.steps(), default=0) for run in todo}
+    return [todo] if len(steps) == 1 else [[run] for run in todo]
+
+
+def _fit(
+    group: list[Run],
+    data_dir: Path,
+    stop: Any,
+    progress: loop.Progress,
+) -> None:
+    config = group[0].config
+    train_set = loader.Dataset.open(data_dir, "train", config.model.seq_len)
+    eval_set = loader.Dataset.open(data_dir, "eval", config.model.seq_len)
+    sequences = config.train.steps * config.train.global_batch_size
+    loader.check_epochs(train_set, sequences, config.data.max_epochs)
+    watch = [likelihood.heldout(eval_set, config.data.eval_sequences)]
+    words = tokenizer.load(data_dir / "tokenizer")
+    if config.train.probes:
+        watch.append(decode.probes(words, config.train.probes))
+    if config.train.sample_prompts:
+        t = config.train
+        watch.append(decode.samples(words, t.sample_prompts, t.sample_tokens, config.seed))
+    for run in group:
+        _keep_data_card(run.folder, data_dir)
+    with jax.set_mesh(mesh.make(config)):
+        loop.fit(group, train_set, watch, stop, progress)
+
+
+def _keep_data_card(folder: Path, data_dir: Path) -> None:
+    """What the run read, and its tokenizer, so that the folder tells the whole story alone."""
+    write_bytes(folder / "data_manifest.json", (data_dir / "manifest.json").read_bytes())
+    for path in (data_dir / "tokenizer").iterdir():
+        write_bytes(folder / "tokenizer" / path.name, path.read_bytes())
+
+
+def load_params(config: Config, folder: Path) -> Any:
+    """Parameters of the newest good checkpoint, laid on the current mesh. Raises UserError."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if not checkpoints.steps():
+        raise UserError(f"--workdir: {folder} holds no checkpoint")
+    abstract = abstract_state(config, hyper(config)).params
+    return checkpoints.load({"params": abstract})[1]["params"]

@@ -1,0 +1,315 @@
+"""The command line: `jaxlm VERB …`, the same as `python -m jaxlm VERB …`. No logic lives here.
+
+Exit codes: 0 done; 1 something failed; 2 a mistake in what was asked for; 128 + n after signal n.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from jaxlm import config as configs
+from jaxlm.config import Config, Sweep
+from jaxlm.schema import JaxlmError, UserError, describe, hint, parse_literal
+
+Flags = dict[str, Any]
+Verb = Callable[[Flags, list[tuple[str, str]]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = run(arguments)
+    except JaxlmError as e:
+        print(f"jaxlm: {e}", file=sys.stderr)
+        code = e.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        code = 141
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        from jaxlm import __version__
+
+        print(__version__)
+        return 0
+    if name not in VERBS:
+        raise UserError(f"no such command: {name!r}; {hint(name, VERBS)}")
+    verb, define, about = VERBS[name]
+    values = flags.FlagValues()
+    define(values)
+    if any(a in ("-h", "--help") for a in rest):
+        print(_help(name, about, values))
+        return 0
+    overrides = _parse(name, values, rest)
+    return verb(values.flag_values_dict(), overrides)
+
+
+def _parse(name: str, values: flags.FlagValues, rest: list[str]) -> list[tuple[str, str]]:
+    """Sets `values`; returns the `--config.a.b=text` overrides in order."""
+    overrides, plain = [], []
+    i = 0
+    while i < len(rest):
+        argument = rest[i]
+        if argument.startswith("--config."):
+            dotted, equals, text = argument.removeprefix("--config.").partition("=")
+            if not equals:
+                i += 1
+                if i == len(rest):
+                    raise UserError(f"{argument}: expected a value, as in {argument}=…")
+                text = rest[i]
+            overrides.append((dotted, text))
+        else:
+            plain.append(argument)
+        i += 1
+    try:
+        left = values([name, *plain])[1:]
+    except flags.Error as e:
+        raise UserError(str(e).splitlines()[0]) from e
+    wanted = "source" in values
+    if wanted and left:
+        values["source"].value = left.pop(0)
+    if left:
+        raise UserError(f"jaxlm {name}: what is {left[0]!r}? expected --flag=value")
+    if overrides and "config" not in values:
+        raise UserError(f"jaxlm {name}: takes no --config.{overrides[0][0]}")
+    return overrides
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<11} {about}" for name, (_, _, about) in VERBS.items())
+    return (
+        f"usage: jaxlm COMMAND [--flag=value …]\n\n{rows}\n\njaxlm COMMAND --help lists its flags."
+    )
+
+
+def _help(name: str, about: str, values: flags.FlagValues) -> str:
+    lines = [f"jaxlm {name}: {about}", ""]
+    if "source" in values:
+        lines[0] = f"jaxlm {name} SOURCE: {about}"
+    for flag in sorted(values):
+        if flag != "source":
+            lines.append(f"  --{flag}={values[flag].value!r}\n      {values[flag].help}")
+    if "config" in values:
+        kind = Sweep if name in ("sweep", "quickstart") else Config
+        lines += ["", f"Every field of a {kind.__name__} (defaults before the experiment file):"]
+        lines += [f"  {flag}={value}\n      {text}" for flag, value, text in describe(kind)]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+
+def _flags_experiment(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, "experiment file", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder or URL of the run", flag_values=values)
+    flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
+
+
+def _flags_train(values: flags.FlagValues) -> None:
+    _flags_experiment(values)
+    flags.DEFINE_list("track", None, "tensorboard, wandb, trackio", flag_values=values)
+    flags.DEFINE_string("profile", None, "START:STOP: trace these steps", flag_values=values)
+
+
+def _flags_sweep(values: flags.FlagValues) -> None:
+    _flags_experiment(values)
+    flags.DEFINE_boolean("dry-run", False, "lint and cost, nothing is run", flag_values=values)
+
+
+def _flags_quickstart(values: flags.FlagValues) -> None:
+    _flags_sweep(values)
+    values["config"].value = "experiments/quickstart.py"
+    values["workdir"].value = "runs/quickstart"
+
+
+def _flags_generate(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "text to continue; repeatable", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 64, "tokens at most", 1, flag_values=values)
+    flags.DEFINE_float("temperature", 0.8, "0: greedy", 0.0, flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "0: all", 0, flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "nucleus", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=values)
+    flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
+
+
+def _flags_fit(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("source", None, "folder of runs or CSV", flag_values=values)
+    flags.DEFINE_list("columns", [], "params=…,flops=…,loss=… (or tokens=…)", flag_values=values)
+    flags.DEFINE_integer("drop-largest-loss", 0, "points left out", 0, flag_values=values)
+    flags.DEFINE_list("approach", ["1", "2", "3"], "which fits", flag_values=values)
+    flags.DEFINE_float("huber-delta", 1e-3, "of approach 3's loss", 0.0, flag_values=values)
+    flags.DEFINE_integer("bootstrap", 4000, "resamples", 0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the resamples", flag_values=values)
+    flags.DEFINE_float("for-compute", None, "FLOPs to predict for", flag_values=values)
+    flags.DEFINE_string("out", None, "folder for the plots", flag_values=values)
+    flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
+
+
+def _flags_workdir(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the sweep or run", flag_values=values)
+
+
+def _flags_doctor(values: flags.FlagValues) -> None:
+    flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
+
+
+# ------------------------------------------------------------------------------------------ verbs
+
+
+def _experiment(values: Flags, overrides: list[tuple[str, str]], kind: type) -> Any:
+    if not values["config"]:
+        raise UserError("--config: expected an experiment file, as in --config=experiments/x.py")
+    if not values["workdir"]:
+        raise UserError("--workdir: expected a folder, as in --workdir=runs/x")
+    experiment = configs.load(values["config"], overrides)
+    if not isinstance(experiment, kind):
+        verb = "sweep" if isinstance(experiment, Sweep) else "train"
+        raise UserError(
+            f"--config: {values['config'].value} holds a {type(experiment).__name__};"
+            f" use 'jaxlm {verb}'"
+        )
+    return experiment
+
+
+def _train(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import show
+
+    for flag in ("track", "profile"):
+        if values[flag] is not None:
+            overrides.append((f"train.{flag}", repr(_tracked(values[flag]))))
+    config = _experiment(values, overrides, Config)
+    from jaxlm import api
+    from jaxlm.train.workdir import StopFlag
+
+    out = show.Lines(to_stderr=values["json"])
+    with StopFlag() as stop:
+        row = api.train(
+            config,
+            values["workdir"],
+            say=out.say,
+            progress=out.row,
+            data_progress=out.data,
+            stop=stop,
+        )
+    out.record(row)
+    if values["json"]:
+        print(json.dumps(show.plain(row)))
+    return 0
+
+
+def _tracked(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sweep(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import show
+
+    sweep = _experiment(values, overrides, Sweep)
+    from jaxlm import api
+    from jaxlm.train.workdir import StopFlag
+
+    out = show.Lines(to_stderr=values["json"])
+    if values["dry-run"]:
+        plan = api.plan(sweep, values["workdir"], say=out.say, data_progress=out.data)
+        print(json.dumps(show.plain(plan))) if values["json"] else out.plan(plan)
+        return 0
+    with StopFlag() as stop:
+        page = api.sweep(
+            sweep,
+            values["workdir"],
+            say=out.say,
+            progress=out.board,
+            data_progress=out.data,
+            stop=stop,
+        )
+    out.say(f"report: {page}")
+    if values["json"]:
+        print(json.dumps(api.summary(page.parent)))
+    return 0
+
+
+def _generate(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import api
+
+    if not values["workdir"]:
+        raise UserError("--workdir: expected the folder of a run")
+    prompts = values["prompt"] or [""]
+    texts = api.generate(
+        values["workdir"],
+        prompts,
+        **{n: values[n] for n in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")},
+    )
+    rows = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+    for row in rows:
+        print(json.dumps(row) if values["json"] else row["prompt"] + row["text"])
+    return 0
+
+
+def _fit(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import api, show
+
+    if not values["source"]:
+        raise UserError("jaxlm fit: expected SOURCE, a folder of runs or a CSV")
+    columns = {}
+    for pair in values["columns"]:
+        name, equals, column = pair.partition("=")
+        if not equals:
+            raise UserError(f"--columns: expected name=column, got {pair!r}")
+        columns[name] = column
+    out = show.Lines(to_stderr=values["json"])
+    found = api.fit(
+        values["source"],
+        columns=columns,
+        approaches=tuple(parse_literal(a, int, "--approach") for a in values["approach"]),
+        drop_largest_loss=values["drop-largest-loss"],
+        huber_delta=values["huber-delta"],
+        bootstrap=values["bootstrap"],
+        seed=values["seed"],
+        for_compute=values["for-compute"],
+    )
+    if values["out"]:
+        for path in api.plot_fit(found, values["out"]):
+            out.say(f"plot: {path}")
+    print(json.dumps(found)) if values["json"] else out.fit(found)
+    return 0
+
+
+def _report(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import api
+
+    if not values["workdir"]:
+        raise UserError("--workdir: expected the folder of a sweep or a run")
+    print(api.report(values["workdir"]))
+    return 0
+
+
+def _doctor(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import doctor
+
+    found = doctor.examine()
+    print(json.dumps(found) if values["json"] else doctor.text(found))
+    return 0 if not found["problems"] else 1
+
+
+VERBS: dict[str, tuple[Verb, Callable[[flags.FlagValues], None], str]] = {
+    "quickstart": (_sweep, _flags_quickstart, "a scaling law measured on this machine, in minutes"),
+    "train": (_train, _flags_train, "one run from an experiment file"),
+    "sweep": (_sweep, _flags_sweep, "a ladder of runs, its fit, prediction and report"),
+    "generate": (_generate, _flags_generate, "text from a trained run"),
+    "fit": (_fit, _flags_fit, "scaling laws from a folder of runs or a CSV"),
+    "report": (_report, _flags_workdir, "(re)write a sweep's or run's page"),
+    "doctor": (_doctor, _flags_doctor, "devices, versions, threads, disk, what is missing"),
+}

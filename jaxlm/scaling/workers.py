@@ -1,0 +1,269 @@
+"""Running members in worker processes: as many as cores, single-threaded, longest member first.
+
+The parent never touches a device. A worker (`python -m jaxlm.scaling.worker FOLDER`) reads groups
+of member names on stdin, one JSON list a line, and answers on stdout, one JSON object a line. It
+ends when stdin closes, so it cannot outlive its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import Sweep, fingerprint
+from jaxlm.model.scale import size
+from jaxlm.scaling.ladder import Member
+from jaxlm.schema import JaxlmError
+from jaxlm.train import record
+
+Progress = Callable[["Board"], None]
+STOP_S = 10.0  # a worker saves and leaves within this after SIGTERM
+
+
+@dataclass
+class Board:
+    """What is going on, for whoever shows it."""
+
+    total_flops: float
+    done_flops: dict[str, float] = field(default_factory=dict)  # member → FLOPs done
+    losses: dict[str, float] = field(default_factory=dict)  # member → newest training loss
+    finished: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
+
+    @property
+    def flops(self) -> float:
+        return sum(self.done_flops.values())
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[str]
+    group: list[str] = field(default_factory=list)
+
+
+def run_members(
+    sweep: Sweep,
+    folder: Path,
+    planned: Sequence[Member],
+    stop: Any = False,
+    progress: Progress = lambda board: None,
+) -> None:
+    """Trains every member that has no record yet, each into runs/NAME.
+
+    Raises JaxlmError naming the members that failed (twice), and Stopped-like JaxlmError when
+    `stop` became true: workers have then saved and left.
+    """
+    left = [m for m in planned if not _is_done(folder, m)]
+    board = Board(sum(flops(m) for m in planned))
+    for member in planned:
+        if member not in left:
+            board.done_flops[member.name] = flops(member)
+            board.finished.append(member.name)
+    progress(board)
+    if not left:
+        return
+    groups = sorted(_groups(sweep, left), key=lambda g: -sum(flops(m) for m in g))
+    _Pool(sweep, folder, groups, board, progress).run(stop)
+
+
+def flops(member: Member) -> float:
+    return float(size(member.config.model).flops_per_token * member.config.tokens)
+
+
+def _is_done(folder: Path, member: Member) -> bool:
+    row = record.read(folder / "runs" / member.name)
+    return row is not None and row.fingerprint == fingerprint(member.config)
+
+
+def n_workers(sweep: Sweep, groups: int) -> int:
+    """One process per core on a CPU; one elsewhere, since a process takes all its accelerators."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(sweep.workers or (cores or 1 if on_cpu() else 1), groups)
+
+
+def on_cpu() -> bool:
+    """Whether workers will find a CPU only, told without taking an accelerator."""
+    import importlib.util
+
+    if os.environ.get("JAX_PLATFORMS"):
+        return os.environ["JAX_PLATFORMS"].startswith("cpu")
+    has_cuda = any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
+    has_tpu = importlib.util.find_spec("libtpu") is not None and Path("/dev/accel0").exists()
+    return not (has_cuda or has_tpu or Path("/dev/vfio/0").exists())
+
+
+def _groups(sweep: Sweep, left: Sequence[Member]) -> list[list[Member]]:
+    """Members of one shape and horizon together where a population is wanted, else one by one."""
+    if sweep.population == "off" or (sweep.population == "auto" and on_cpu()):
+        return [[m] for m in left]
+    from jaxlm.train.step import static
+
+    shapes: dict[Any, list[Member]] = {}
+    for member in left:
+        shapes.setdefault((static(member.config), member.config.train.steps), []).append(member)
+    return list(shapes.values())
+
+
+class _Pool:
+    """Workers and the groups that wait for them."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        folder: Path,
+        groups: list[list[Member]],
+        board: Board,
+        progress: Progress,
+    ) -> None:
+        self.folder, self.board, self.progress = folder, board, progress
+        self.waiting = [[m.name for m in g] for g in groups]
+        self.tries: dict[str, int] = {}
+        self.failed: dict[str, str] = {}
+        self.inbox: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
+        n = n_workers(sweep, len(groups))
+        self.environment = worker_environment(n)
+        self.workers = [self._spawn() for _ in range(n)]
+
+    def run(self, stop: Any) -> None:
+        try:
+            for worker in list(self.workers):
+                self._give(worker)
+            while self.workers:
+                self.progress(self.board)
+                if stop:
+                    raise _stopped(stop)
+                try:
+                    worker, message = self.inbox.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if message is None:
+                    self._died(worker)
+                else:
+                    self._heard(worker, message)
+        finally:
+            self._end()
+        self.progress(self.board)
+        if self.failed:
+            name, why = next(iter(self.failed.items()))
+            raise JaxlmError(f"{len(self.failed)} of the members failed; {name}: {why}")
+
+    def _spawn(self) -> _Worker:
+        log = open(self.folder / "workers.log", "a")  # noqa: SIM115 (the child keeps it)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxlm.scaling.worker", str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=self.environment,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which tells the workers
+        )
+        log.close()
+        worker = _Worker(process)
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        return worker
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        for line in worker.process.stdout:
+            self.inbox.put((worker, json.loads(line)))
+        self.inbox.put((worker, None))
+
+    def _give(self, worker: _Worker) -> None:
+        """The next group, or the end of its work."""
+        assert worker.process.stdin is not None
+        try:
+            if self.waiting:
+                worker.group = self.waiting.pop(0)
+                self.board.running += worker.group
+                worker.process.stdin.write(json.dumps(worker.group) + "\n")
+                worker.process.stdin.flush()
+            else:
+                worker.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died: the listener will say so
+
+    def _heard(self, worker: _Worker, message: dict[str, Any]) -> None:
+        kind, name = message["kind"], message.get("name", "")
+        if kind == "row":
+            self.board.done_flops[name] = message["flops"]
+            self.board.losses[name] = message["loss"]
+        elif kind == "finished":
+            self.board.finished.append(name)
+        elif kind == "error":
+            for member in worker.group:
+                self.failed[member] = message["message"]
+        elif kind == "ready":
+            self._release(worker)
+            self._give(worker)
+
+    def _release(self, worker: _Worker) -> None:
+        for name in worker.group:
+            self.board.running.remove(name)
+        worker.group = []
+
+    def _died(self, worker: _Worker) -> None:
+        """A worker ended: at its time, or with a group that another one tries once more."""
+        code = worker.process.wait()
+        self.workers.remove(worker)
+        group = worker.group
+        self._release(worker)
+        if not group:
+            return
+        tried = self.tries[group[0]] = self.tries.get(group[0], 0) + 1
+        if tried < 2:
+            self.waiting.insert(0, group)
+            replacement = self._spawn()
+            self.workers.append(replacement)
+            self._give(replacement)
+        else:
+            for name in group:
+                self.failed[name] = f"its worker died (exit {code}); see workers.log"
+
+    def _end(self) -> None:
+        for worker in self.workers:
+            worker.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        for worker in self.workers:
+            try:
+                worker.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+
+
+def _stopped(stop: Any) -> JaxlmError:
+    error = JaxlmError("stopped, saved; the same command goes on from there")
+    error.exit_code = getattr(stop, "exit_code", 1)
+    return error
+
+
+def worker_environment(workers: int) -> dict[str, str]:
+    """The parent's environment, with each of several CPU workers kept to one thread.
+
+    XLA's thread pool stalls tiny models; two single-threaded processes carry twice one process
+    with two threads. A lone worker splits its batch over one single-threaded device per core.
+    """
+    env = dict(os.environ)
+    if on_cpu():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        devices = cores if workers == 1 else 1
+        env["JAX_PLATFORMS"] = "cpu"
+        env["XLA_FLAGS"] = " ".join(
+            [
+                env.get("XLA_FLAGS", ""),
+                "--xla_cpu_multi_thread_eigen=false",
+                "--xla_backend_optimization_level=1",  # the same speed, a third less to compile
+                f"--xla_force_host_platform_device_count={devices}",
+            ]
+        ).strip()
+    return env

@@ -1,0 +1,149 @@
+"""What people see in the terminal: lines with progress and ETA, tables at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+EVERY_S = 5.0  # between progress lines where output is not a terminal
+
+
+def plain(value: Any) -> Any:
+    """A record as JSON values."""
+    return dataclasses.asdict(value)
+
+
+class Lines:
+    """Progress as one line that rewrites itself on a terminal, or a line now and then elsewhere."""
+
+    def __init__(self, to_stderr: bool = False) -> None:
+        self.file = sys.stderr if to_stderr else sys.stdout
+        self.live = self.file.isatty()
+        self.console = Console(file=self.file, soft_wrap=True, highlight=False)
+        self.open = False  # a live line stands
+        self.last = 0.0
+        self.step = ""
+        self.began = time.monotonic()
+        self.flops_at_start: float | None = None
+
+    def say(self, text: str) -> None:
+        """A line that stays, with the time since the start."""
+        self._clear()
+        self.file.write(f"[{_clock(time.monotonic() - self.began)}] {text}\n")
+        self.file.flush()
+
+    def _clear(self) -> None:
+        if self.open:
+            self.file.write("\r\x1b[2K")
+            self.open = False
+
+    def _progress(self, text: str, now: bool = False) -> None:
+        if not now and time.monotonic() - self.last < (0.1 if self.live else EVERY_S):
+            return
+        self.last = time.monotonic()
+        if not self.live:
+            self.say(text)
+            return
+        width = shutil.get_terminal_size().columns - 1
+        self._clear()
+        self.file.write(text[:width])
+        self.file.flush()
+        self.open = True
+
+    # ------------------------------------------------------------------------------------- stages
+
+    def data(self, done: int, total: int, step: str) -> None:
+        """`data_progress` of the shards: bytes done."""
+        if step != self.step:
+            self.step, self.step_began = step, time.monotonic()
+        share = f" {done / total:4.0%}" if total else ""
+        rate = done / max(time.monotonic() - self.step_began, 1e-9)
+        left = f", {_clock((total - done) / rate)} left" if total and done else ""
+        self._progress(f"{step}:{share} {done / 1e6:.1f} MB{left}")
+
+    def row(self, run: Any, row: dict[str, Any]) -> None:
+        """`progress` of a run: every row that it writes."""
+        steps = run.config.train.steps
+        if "eval/loss" in row:
+            self.say(
+                f"step {row['step']}/{steps} eval loss {row['eval/loss']:.4f}"
+                f"  {row['eval/bpb']:.4f} bits/byte"
+            )
+        elif "sample/text" in row:
+            self.say(f"sample: {(row['sample/prompt'] + row['sample/text'])!r}")
+        elif "train/loss" in row:
+            rate = row["perf/tokens_per_s"]
+            left = (run.config.tokens - row["tokens"]) / max(rate, 1e-9)
+            mfu = f"  mfu {row['perf/mfu']:.0%}" if "perf/mfu" in row else ""
+            self._progress(
+                f"step {row['step']}/{steps} ({row['step'] / steps:.0%})"
+                f"  loss {row['train/loss']:.4f}  lr {row['learning_rate']:.2e}"
+                f"  {rate / 1e3:.1f}k tok/s{mfu}  {_clock(left)} left",
+                now=not self.live,
+            )
+
+    def board(self, board: Any) -> None:
+        """`progress` of a sweep."""
+        now = time.monotonic()
+        if self.flops_at_start is None or board.flops < self.flops_at_start:
+            self.flops_at_start, self.board_began = board.flops, now
+        rate = (board.flops - self.flops_at_start) / max(now - self.board_began, 1e-9)
+        left = _clock((board.total_flops - board.flops) / rate) if rate else "–"
+        running = ", ".join(
+            f"{name} {board.losses.get(name, float('nan')):.3f}" for name in board.running
+        )
+        self._progress(
+            f"{board.flops / board.total_flops:4.0%}  {len(board.finished)} runs done"
+            f"  {rate / 1e9:.0f} GFLOP/s  {left} left  {running}"
+        )
+
+    # -------------------------------------------------------------------------------------- tables
+
+    def record(self, row: Any) -> None:
+        self.say(
+            f"{row.name}: {row.status}, {row.tokens:,} tokens, loss {row.loss:.4f},"
+            f" {row.eval_bpb:.4f} bits/byte on held-out text, {_clock(row.wall_time_s)}"
+        )
+
+    def plan(self, plan: Any) -> None:
+        self._clear()
+        head = ("run", "role", "d_model", "layers", "N effective", "tokens", "D/N", "steps")
+        rows = [
+            (r.name, r.role, r.d_model, r.n_layers, f"{r.params_effective:,.0f}", f"{r.tokens:,}",
+             f"{r.tokens / r.params_effective:.0f}", f"{r.steps:,}", f"{r.epochs:.2f}",
+             f"{r.flops:.2e}")
+            for r in plan.rows
+        ]  # fmt: skip
+        self._table((*head, "epochs", "FLOPs"), rows)
+        for warning in plan.warnings:
+            self.say(f"lint: {warning}")
+        self.say(
+            f"{len(plan.rows)} runs, {plan.flops:.3g} FLOPs,"
+            f" about {_clock(plan.seconds)} at {plan.flops_per_second / 1e9:.0f} GFLOP/s"
+        )
+
+    def _table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*map(str, row))
+        self.console.print(table)
+
+    def fit(self, found: dict[str, Any]) -> None:
+        from jaxlm.scaling import laws
+
+        self._clear()
+        self.console.print(laws.table(found))
+
+
+def _clock(seconds: float) -> str:
+    s = round(max(0.0, seconds))
+    return (
+        f"{s // 3600}:{s % 3600 // 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"
+    )
