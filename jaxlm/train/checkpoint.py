@@ -64,7 +64,7 @@ class Checkpoints:
         JaxlmError where the state is not finite, the disk full or the write fails (of the previous
         save too): earlier steps are intact, and the next save may succeed.
         """
-        self.commit(wait=True)
+        self._finish(wait=True)
         if step in self.steps():
             return
         arrays = by_path(state)
@@ -79,15 +79,18 @@ class Checkpoints:
             self._committed = self._write(step, arrays, meta)
 
     def commit(self, wait: bool = False) -> int | None:
-        """The step committed since the last call, or None; `wait` for a save under way.
+        """The newest step committed since the last call, or None; `wait` for a save under way.
 
         Raises the JaxlmError of a save that failed in the background.
         """
+        self._finish(wait)
+        step, self._committed = self._committed, None
+        return step
+
+    def _finish(self, wait: bool) -> None:
         if self._saving is not None and (wait or self._saving.done()):
             saving, self._saving = self._saving, None
             self._committed = saving.result()
-        step, self._committed = self._committed, None
-        return step
 
     def steps(self) -> list[int]:
         """Committed steps, ascending; whether they verify is known on reading them."""
@@ -145,7 +148,7 @@ class Checkpoints:
         Raises UserError where the saved arrays are others than asked for (a changed config), and
         JaxlmError, renaming nothing, where steps were saved and none verifies.
         """
-        self.commit(wait=True)
+        self._finish(wait=True)
         if _is_first():
             for leftover in self.folder.glob("*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
