@@ -139,10 +139,23 @@ def transform(config: Config, weight_decay: Any, rate: Any) -> optax.GradientTra
     """
     o = config.optimizer
     direction = _named(o.name, OPTIMIZERS, "config.optimizer.name")(config)
+    if o.name != "adamw":
+        direction = _any_layout(direction)
     clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
     matrices = by_role(config.model, MATRICES)
     decay = optax.add_decayed_weights(weight_decay, mask=matrices)
     return optax.chain(clip, direction, decay, optax.scale(-rate))
+
+
+def _any_layout(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx`, what it computes inside laid out by the compiler. Products along a sharded axis, such as
+    Newton–Schulz's x·xᵀ inside optax, have no rule under Explicit axes (not even at 1×1×1)."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        layouts = jax.tree.map(lambda x: jax.typeof(x).sharding, (grads, state))
+        return jax.sharding.auto_axes(tx.update, out_sharding=layouts)(grads, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _named(name: str, known: dict[str, Any], where: str) -> Any:
