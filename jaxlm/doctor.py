@@ -51,7 +51,7 @@ def examine() -> dict[str, Any]:
         "cores": cores,
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
-        "compilation_cache": jax.config.read("jax_compilation_cache_dir") or "~/.cache/jaxlm/xla",
+        "compilation_cache": jax.config.values.get("jax_compilation_cache_dir") or "~/.cache/jaxlm/xla",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "extras": {
             use: {"installed": importlib.util.find_spec(module) is not None, "extra": extra}

@@ -41,7 +41,7 @@ class Task:
 
 def cache_compilations() -> None:
     """JAX's persistent compilation cache, also for programs that compile in under a second."""
-    if not jax.config.read("jax_compilation_cache_dir"):
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxlm" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -178,7 +178,7 @@ def _experiment(values: Flags, overrides: list[tuple[str, str]], kind: type) -> 
     if not isinstance(experiment, kind):
         verb = "sweep" if isinstance(experiment, Sweep) else "train"
         raise UserError(
-            f"--config: {values['config'].value} holds a {type(experiment).__name__};"
+            f"--config: {values['config']} holds a {type(experiment).__name__};"
             f" use 'jaxlm {verb}'"
         )
     return experiment

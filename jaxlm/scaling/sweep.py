@@ -122,9 +122,14 @@ def fit_ladder(sweep: Sweep, folder: Path, planned: Sequence[Member], say: Say) 
     return read_json(path, "fit")
 
 
-def _curve(folder: Path, row: RunRecord) -> tuple[float, list[float], list[float]]:
+def _curve(folder: Path, row: RunRecord) -> runs.Curve:
     metrics = [m for m in read_jsonl(folder / "runs" / row.name / "metrics.jsonl") if "flops" in m]
-    return row.params_effective, [m["flops"] for m in metrics], [m["train/loss"] for m in metrics]
+    return runs.Curve(
+        row.params_effective,
+        [m["flops"] for m in metrics],
+        [m["train/loss"] for m in metrics],
+        row.name,
+    )
 
 
 def predict(sweep: Sweep, folder: Path, fit: dict[str, Any], say: Say) -> dict[str, Any]:
