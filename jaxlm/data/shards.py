@@ -39,7 +39,7 @@ from jaxlm.schema import JaxlmError, UserError, from_dict
 
 FORMAT = "jaxlm.data/1"
 MANIFEST = "manifest.json"
-SPLITS = ("train", "eval")
+_ARRAYS = [(split, kind) for split in ("train", "eval") for kind in ("tokens", "offsets")]
 GROUP_BYTES = 1 << 20  # text tokenised at once
 BPE_SAMPLE_BYTES = 64 << 20  # text that a BPE is trained on
 
@@ -90,11 +90,8 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that two data sets share when they hold the same tokens."""
-        hashes = [getattr(s, f"{a}_sha256") for s in (self.train, self.eval) for a in _ARRAYS]
+        hashes = [getattr(getattr(self, split), f"{kind}_sha256") for split, kind in _ARRAYS]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
-
-
-_ARRAYS = ("tokens", "offsets")
 
 
 def build(
@@ -137,11 +134,10 @@ def verify(directory: str | os.PathLike[str]) -> Manifest:
     """Read every byte and compare it with the manifest. Raises JaxlmError naming what differs."""
     out = Path(directory)
     manifest = read_manifest(out)
-    for name in SPLITS:
-        for kind in _ARRAYS:
-            values = open_array(out, manifest, name, kind)
-            if _sha256(values) != getattr(getattr(manifest, name), f"{kind}_sha256"):
-                raise JaxlmError(f"data.dir: {out}/{name}.{kind}.npy does not match its manifest")
+    for split, kind in _ARRAYS:
+        values = open_array(out, manifest, split, kind)
+        if _sha256(values) != getattr(getattr(manifest, split), f"{kind}_sha256"):
+            raise JaxlmError(f"data.dir: {out}/{split}.{kind}.npy does not match its manifest")
     return manifest
 
 
@@ -180,8 +176,8 @@ def _request(data: DataConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def _finished(out: Path, request: dict[str, Any]) -> Manifest | None:
-    arrays = [(name, kind) for name in SPLITS for kind in _ARRAYS]
-    if not all((out / f).exists() for f in (MANIFEST, *(f"{n}.{k}.npy" for n, k in arrays))):
+    files = (MANIFEST, *(f"{split}.{kind}.npy" for split, kind in _ARRAYS))
+    if not all((out / name).exists() for name in files):
         return None
     manifest = read_manifest(out)
     if manifest.request != request:
@@ -191,8 +187,8 @@ def _finished(out: Path, request: dict[str, Any]) -> Manifest | None:
             f"data.dir: {out} was built for {name}={built.get(name)!r}, now {request.get(name)!r} "
             "is asked for; choose another data.dir or delete the folder"
         )
-    for name, kind in arrays:
-        open_array(out, manifest, name, kind)
+    for split, kind in _ARRAYS:
+        open_array(out, manifest, split, kind)
     return manifest
 
 
@@ -256,19 +252,14 @@ def _build(
         ]
     tokenizer.save(out / "tokenizer")
     _write_quarantine(out / "quarantine.jsonl", tally)
+    facts = ("kind", "vocab_size", "eos_id", "fingerprint")
     manifest = Manifest(
         request=request,
         locations={s: documents.location(s) for s in data.sources},
         records=tally.records,
         dropped=dict(sorted(tally.dropped.items())),
         origins=origins,
-        tokenizer={
-            "name": data.tokenizer,
-            "kind": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "fingerprint": tokenizer.fingerprint,
-        },
+        tokenizer={"name": data.tokenizer, **{n: getattr(tokenizer, n) for n in facts}},
         dtype=dtype,
         train=sizes[0],
         eval=sizes[1],
