@@ -1,11 +1,13 @@
 """No committed step is lost, and nothing is restored but what was saved, bit for bit."""
 
+import gc
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from typing import Any, NamedTuple
@@ -358,6 +360,23 @@ stray = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarn
 
 
 @stray
+def test_damage_is_told_in_one_line(pristine, tmp_path, caplog):
+    folder, states = pristine
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    for path in (run / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with caplog.at_level("WARNING"):
+        assert Checkpoints(run).restore(abstract(states[1]))[0] == 1
+    gc.collect()
+    (record,) = [r for r in caplog.records if r.name in ("absl", "asyncio")]
+    text = record.getMessage()
+    assert f"{run}/2: state cannot be read" in text and "set aside as 2.corrupt" in text
+    assert "\n" not in text and len(text) < 600
+
+
+@stray
 @pytest.mark.parametrize("kind", ["flip", "zero", "truncate", "delete"])
 def test_a_damaged_file_is_never_believed(pristine, tmp_path, kind):
     draw = random.Random(kind)
@@ -494,6 +513,73 @@ def test_a_kill_loses_no_committed_step(tmp_path, background):
 @pytest.mark.parametrize("background", [False, True])
 def test_sixty_kills_lose_no_committed_step(tmp_path, background):
     kill_and_check(tmp_path, 30, background)
+
+
+HOSTS = """
+    import os, sys
+    n, i, port, folder, verb = *map(int, sys.argv[1:4]), *sys.argv[4:]
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // n}"
+    import jax, numpy as np
+    from jax import NamedSharding, P
+    from jaxlm.schema import JaxlmError
+    from jaxlm.train.checkpoint import Checkpoints
+    if n > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", n, i)
+    mesh = jax.make_mesh((4,), ("data",))
+    specs = {"cut": P("data"), "across": P(None, "data"), "copied": P(), "count": P()}
+    values = {k: np.random.default_rng(1).standard_normal((8, 12)).astype("f") for k in specs}
+    values["count"] = np.int32(7)
+    cut = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
+    state = {
+        k: jax.make_array_from_callback(v.shape, cut[k], lambda at, v=v: v[at])
+        for k, v in values.items()
+    }
+    checkpoints = Checkpoints(folder)
+    if verb == "save":
+        checkpoints.save(7, state, {"position": 7})
+        checkpoints.save(9, state, {"position": 9})
+        try:
+            checkpoints.save(11, {**state, "cut": state["cut"] / 0}, {})
+        except JaxlmError as e:
+            print(e)
+    else:
+        target = {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=cut[k]) for k, v in values.items()
+        }
+        step, found, meta = checkpoints.restore(target)
+        for k, x in found.items():
+            assert x.sharding == cut[k]
+            for shard in x.addressable_shards:
+                assert np.array_equal(shard.data, values[k][shard.index])
+        print(step, meta["position"])
+"""
+
+
+def on_hosts(n: int, folder, verb: str) -> list[str]:
+    """The last line that each of n processes says."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    hosts = [start(HOSTS, n, i, port, folder, verb) for i in range(n)]
+    outputs = [host.communicate(timeout=300) for host in hosts]
+    assert all(host.returncode == 0 for host in hosts), outputs
+    return [out.splitlines()[-1] for out, _ in outputs]  # Gloo speaks before
+
+
+@pytest.mark.slow
+def test_two_hosts_and_one_read_each_others_checkpoints(tmp_path):
+    for out in on_hosts(2, tmp_path, "save"):
+        assert "cut hold NaN or infinity" in out
+    assert sorted(os.listdir(tmp_path)) == ["7", "9"]
+    assert on_hosts(2, tmp_path, "restore") == ["9 9"] * 2
+    assert on_hosts(1, tmp_path, "restore") == ["9 9"]
+    (tmp_path / "9" / "state" / "manifest.ocdbt").write_bytes(b"")
+    assert on_hosts(2, tmp_path, "restore") == ["7 7"] * 2
+    assert sorted(os.listdir(tmp_path)) == ["7", "9.corrupt"]
+    shutil.rmtree(tmp_path / "9.corrupt")
+    on_hosts(1, tmp_path, "save")
+    assert on_hosts(2, tmp_path, "restore") == ["9 9"] * 2
 
 
 def test_a_full_disk_leaves_earlier_steps(tmp_path):

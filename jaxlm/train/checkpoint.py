@@ -12,8 +12,10 @@ step; and a save that is refused where it would keep what cannot be resumed from
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import logging as stdlib_logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -69,9 +71,8 @@ class Checkpoints:
             return
         arrays = by_path(state)
         if jax.process_count() == 1:
-            # Host copies: orbax writes them twice as fast, and the step may donate the originals.
-            copy = np.array if self._background else np.asarray
-            arrays = {path: copy(x) for path, x in arrays.items()}
+            # On the host: orbax writes them twice as fast, and the step may donate the originals.
+            arrays = {path: np.asarray(x) for path, x in arrays.items()}
         _need_space(self.folder, sum(x.nbytes for x in arrays.values()))
         if self._thread is not None:
             self._saving = self._thread.submit(self._write, step, arrays, meta)
@@ -114,7 +115,7 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
             _barrier("checkpoint folder")
-            _orbax().save(part.resolve() / "state", _nested(arrays))
+            _orbax("save", part.resolve() / "state", _nested(arrays))
             if _is_first():
                 fsync_tree(part)
                 write_json(part / MANIFEST, manifest)
@@ -247,9 +248,9 @@ def _verified(folder: Path, wanted: Arrays, entries: dict[str, Any]) -> list[jax
         partial_restore=len(wanted) < len(entries),
     )
     try:
-        arrays = by_path(_orbax().restore(folder.resolve() / "state", args=args))
+        arrays = by_path(_orbax("restore", folder.resolve() / "state", args=args))
         found = describe({path: arrays[path] for path in wanted})
-    except Exception as e:
+    except (OrbaxError, KeyError) as e:
         raise Damaged(f"state cannot be read ({first_line(e)})") from e
     bad = [p for p in wanted if any(found[p][key] != value for key, value in entries[p].items())]
     if bad:
@@ -281,11 +282,26 @@ def _need_same(folder: Path, wanted: Arrays, entries: dict[str, Any], part: bool
 # ---------------------------------------------------------------------------------- small things
 
 
-def _orbax() -> Any:
+class OrbaxError(Exception):
+    """What orbax raised, as `Type: message`."""
+
+
+def _orbax(method: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls an orbax checkpointer. Raises OrbaxError."""
     import orbax.checkpoint as ocp
 
     # Weights hardly compress (8 % of float32), and compressing takes longer than writing.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    try:
+        return getattr(checkpointer, method)(*args, **kwargs)
+    except Exception as e:
+        failure = f"{type(e).__name__}: {e}"
+    # It leaves failed futures behind, whose tracebacks asyncio prints once they are collected.
+    log = stdlib_logging.getLogger("asyncio")
+    disabled, log.disabled = log.disabled, True
+    gc.collect()
+    log.disabled = disabled
+    raise OrbaxError(failure)
 
 
 def _nested(arrays: Arrays) -> dict[str, Any]:

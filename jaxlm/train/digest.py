@@ -10,7 +10,7 @@ import numpy as np
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name → {shape: [int], dtype: str, digest: 16 hex digits, finite: bool} of numpy or jax arrays.
+    """Of numpy or jax arrays: name → shape: [int], dtype: str, digest: 16 hex digits, finite: bool.
 
     The digest is the sum mod 2^64, over elements, of a mixed (position, bits): one changed element
     always changes it, and shards and hosts add theirs up in any order, so no mesh is part of it.

@@ -21,14 +21,14 @@ from absl import logging
 
 from jaxlm.schema import UserError
 
-_held: set[int] = set()  # descriptors of held locks
+_held: dict[Path, tuple[int, int]] = {}  # locked folder → (descriptor, thread)
 _flags: list[StopFlag] = []  # those that listen
 
 
 def _let_go_in_child() -> None:
     """A forked child has neither: it would keep a killed parent's lock, and its SIGTERM would be
     written to the parent's pipe."""
-    for fd in _held:
+    for fd, _ in _held.values():
         os.close(fd)
     _held.clear()
     for flag in _flags[::-1]:
@@ -42,10 +42,14 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 def lock(folder: str | Path) -> Iterator[None]:
     """Holds `folder/.lock` (made if needed), which names this host, pid and start.
 
-    Raises UserError at once where another process holds it. The operating system frees the lock
-    of a dead process. On a network file system it is as exclusive as that system's `flock`.
+    Raises UserError at once where another process or thread holds it; the thread that holds it
+    may take it again. The operating system frees the lock of a dead process. On a network file
+    system it is as exclusive as that system's `flock`.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if folder in _held and _held[folder][1] == threading.get_ident():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -56,14 +60,14 @@ def lock(folder: str | Path) -> Iterator[None]:
         raise UserError(f"{folder}: in use by {holder}; one process at a time") from None
     except OSError as e:
         logging.warning("%s: this file system has no locks (%s)", folder, e.strerror)
-    _held.add(fd)
+    _held[folder] = fd, threading.get_ident()
     try:
         os.ftruncate(fd, 0)
         os.pwrite(fd, _this_process(), 0)
         yield
     finally:
-        if fd in _held:  # not in a forked child
-            _held.remove(fd)
+        if _held.pop(folder, None):  # a forked child no longer has it
+            os.ftruncate(fd, 0)
             os.close(fd)
 
 
@@ -74,11 +78,12 @@ def _this_process() -> bytes:
 
 
 def _holder(fd: int) -> str:
-    try:
-        row = json.loads(os.pread(fd, 4096, 0))
-        return f"process {row['pid']} on {row['host']} since {row['started']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock, but has not yet said who it is
-        return "another process"
+    for _ in range(25):  # it may have the lock and not yet have said who it is
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(os.pread(fd, 4096, 0))
+            return f"process {row['pid']} on {row['host']} since {row['started']}"
+        time.sleep(0.01)
+    return "another process"
 
 
 class StopFlag:
