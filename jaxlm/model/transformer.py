@@ -19,6 +19,7 @@ from jaxlm.config import ModelConfig, resolve
 from jaxlm.mesh import spec
 from jaxlm.model.attention import rotary_angles
 from jaxlm.model.layers import Block, Cache, Context, Decoder, Norm, use
+from jaxlm.schema import UserError
 
 Params = dict[str, Any]
 
@@ -99,14 +100,18 @@ def hidden_cached(
     positions_bt: jax.Array,
     segments_bt: jax.Array,
     segments_bs: jax.Array,
-    offset: jax.Array,
+    offset: jax.Array | int,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k]."""
+    """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k].
+
+    Raises UserError for an own layer that keeps no cache.
+    """
     x_btd, cache_out = _run(
         config, params, tokens_bt, positions_bt, segments_bt, segments_bs, offset, cache
     )
-    assert cache_out is not None
+    if cache_out is None:
+        raise UserError(f"config.model.layer: {config.layer} returns no cache, so cannot generate")
     return x_btd, cache_out
 
 

@@ -1,0 +1,320 @@
+"""Decoding against the plain forward pass, sampling against numpy and the model's probabilities."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxlm import mesh
+from jaxlm.config import Config, MeshConfig, ModelConfig
+from jaxlm.data.tokenizer import Bytes, train_bpe
+from jaxlm.generate import decode, sampling
+from jaxlm.model import transformer
+from jaxlm.schema import UserError
+
+TINY = ModelConfig(
+    d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, vocab_size=32, seq_len=8
+)  # shorter than what the tests say with it: rotary positions know no end
+VARIANTS = {
+    "rope, grouped, tied": TINY,
+    "rope, unrolled, bfloat16": dataclasses.replace(
+        TINY, n_layers=1, scan_layers=False, compute_dtype="bfloat16", remat="full"
+    ),
+    "learned, layernorm, bias, untied, unrolled": dataclasses.replace(
+        TINY,
+        seq_len=64,
+        positions="learned",
+        norm="layernorm",
+        bias=True,
+        tie_embeddings=False,
+        scan_layers=False,
+        n_kv_heads=None,
+    ),
+    "none, swiglu, qk_norm, untied": dataclasses.replace(
+        TINY, positions="none", activation="swiglu", qk_norm=True, tie_embeddings=False
+    ),
+}
+PROMPTS = [np.array(p, np.int32) for p in ([7], [1, 2, 3, 4, 5], [9] * 3 + [30, 2, 11, 9, 9, 4])]
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with jax.set_mesh(devices(1, 1, 1)):
+        yield
+
+
+def devices(*shape: int):
+    names = ("data", "fsdp", "tensor")
+    config = Config(model=TINY, mesh=MeshConfig(**dict(zip(names, shape, strict=True))))
+    return mesh.make(config, jax.devices()[: int(np.prod(shape))])
+
+
+@functools.lru_cache
+def make_params(config: ModelConfig):
+    """Weights so far from zero that what comes next depends on all that came before."""
+    rng = np.random.default_rng(0)
+
+    def draw(row):
+        return rng.normal(row.role == "gain", 0.4, row.shape).astype(np.float32)
+
+    return on_this_mesh(config, jax.tree.map(draw, transformer.table(config)))
+
+
+def on_this_mesh(config: ModelConfig, params):
+    def put(row, w):
+        return jax.device_put(np.asarray(w), jax.NamedSharding(jax.sharding.get_mesh(), row.spec))
+
+    return jax.tree.map(put, transformer.table(config), params)
+
+
+@functools.lru_cache
+def forward(config: ModelConfig):
+    return jax.jit(functools.partial(transformer.apply, config))
+
+
+def next_logits(config: ModelConfig, params, ids) -> np.ndarray:
+    """Float32 [v], from a forward pass over all that came before (what is to its right has no
+    influence: so all lengths share one program)."""
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(forward(config)(params, padded))[0, len(ids) - 1]
+
+
+def uncached(config: ModelConfig, params, prompt: np.ndarray, new: int) -> list[int]:
+    """Greedy continuation."""
+    ids = prompt.tolist()
+    for _ in range(new):
+        ids.append(int(next_logits(config, params, ids).argmax()))
+    return ids[len(prompt) :]
+
+
+def probabilities(config: ModelConfig, params, ids) -> np.ndarray:
+    """float64 [v]: the softmax after `ids`."""
+    logits = next_logits(config, params, ids).astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def greedy(config: ModelConfig, params, prompts, new: int, eos_id: int | None = None):
+    found = decode.generate(config, params, prompts, new, eos_id, temperature=0)
+    assert all(row.dtype == np.int32 for row in found)
+    return [row.tolist() for row in found]
+
+
+# ---------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_greedy_equals_the_forward_pass_token_by_token(name):
+    config = VARIANTS[name]
+    params = make_params(config)
+    found = greedy(config, params, PROMPTS, 12)
+    assert found == [uncached(config, params, p, 12) for p in PROMPTS]
+    assert len(set(np.ravel(found))) > 6  # a model that repeats itself would prove nothing
+
+
+def test_a_batch_says_what_each_prompt_says_alone():
+    params = make_params(TINY)
+    prompts = [*PROMPTS, np.arange(16, dtype=np.int32)]  # the last one needs no padding
+    settings = {"seed": 5, "top_k": 7, "temperature": 2.0}
+    together = decode.generate(TINY, params, prompts, 9, None, **settings)
+    alone = [decode.generate(TINY, params, [p], 9, None, **settings)[0] for p in prompts]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_it_stops_before_the_end_of_text_and_only_there():
+    params = make_params(TINY)
+    free = greedy(TINY, params, PROMPTS, 12)
+    eos = free[1][3]
+    want = [row[: row.index(eos)] if eos in row else row for row in free]
+    assert greedy(TINY, params, PROMPTS, 12, eos) == want
+    assert greedy(TINY, params, PROMPTS, 5, None) == [row[:5] for row in free]
+
+
+def test_eight_devices_say_what_one_says():
+    params = make_params(TINY)
+    want = greedy(TINY, params, PROMPTS, 12)
+    drawn = decode.generate(TINY, params, PROMPTS, 12, None, seed=3, top_p=0.9)
+    p = probabilities(TINY, params, PROMPTS[2])
+    with jax.set_mesh(devices(2, 2, 2)):
+        there = on_this_mesh(TINY, params)
+        # One candidate only is the greedy choice (and shares its program with the draws).
+        only = decode.generate(TINY, there, PROMPTS, 12, None, top_k=1)
+        np.testing.assert_array_equal(only, want)
+        found = decode.generate(TINY, there, PROMPTS, 12, None, seed=3, top_p=0.9)
+        np.testing.assert_array_equal(found, drawn)
+        (top,) = decode.expected(TINY, there, PROMPTS[2:], 4)
+    np.testing.assert_allclose([share for _, share in top], p[[i for i, _ in top]], rtol=1e-4)
+
+
+def test_other_lengths_and_settings_do_not_compile_again(monkeypatch):
+    params = make_params(TINY)
+    decode.generate(TINY, params, PROMPTS, 9, None, top_k=3)
+
+    def traced(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(sampling, "choose", traced)
+    other = [np.arange(n, dtype=np.int32) for n in (1, 11, 16, 3)]
+    decode.generate(TINY, params, other, 14, 7, top_k=5, temperature=0.5, seed=9)
+    with pytest.raises(InterruptedError):
+        decode.generate(TINY, params, other, 17, 7, top_k=5)
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+def test_draws_follow_the_models_probabilities():
+    params = make_params(TINY)
+    p = probabilities(TINY, params, PROMPTS[1]) ** (1 / 0.7)
+    drawn = decode.generate(TINY, params, [PROMPTS[1]] * 4096, 1, None, temperature=0.7, seed=1)
+    counts = np.bincount(np.ravel(drawn), minlength=32)
+    assert chi_square(counts, p / p.sum()) > 1e-3
+    assert chi_square(counts, probabilities(TINY, params, PROMPTS[1])) < 1e-6  # it can tell
+
+
+def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
+    """The p-value; cells that expect fewer than 5 are one."""
+    few = p * counts.sum() < 5
+    merged = [np.append(x[~few], x[few].sum()) for x in (counts, p * counts.sum())]
+    return stats.chisquare(*(x[merged[1] > 0] for x in merged)).pvalue
+
+
+def test_a_step_draws_given_what_was_drawn_before():
+    params = make_params(TINY)
+    drawn = np.array(decode.generate(TINY, params, [PROMPTS[1]] * 4096, 2, None, seed=2))
+    first = np.bincount(drawn[:, 0]).argmax()
+    second = np.bincount(drawn[drawn[:, 0] == first, 1], minlength=32)
+    p = probabilities(TINY, params, np.append(PROMPTS[1], first))
+    assert second.sum() > 300 and chi_square(second, p) > 1e-3
+
+
+def support(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> set[int]:
+    """The ids that may be drawn, by the definition."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
+    weights = np.exp((logits[order].astype(np.float64) - logits.max()) / temperature)
+    reached = np.cumsum(weights / weights.sum())
+    n = int(np.argmax(reached >= top_p - 1e-12)) + 1 if top_p < 1 else len(order)
+    return set(order[:n])
+
+
+def test_supports_of_top_k_and_top_p_are_exact():
+    rng = np.random.default_rng(0)
+    ranked = jax.jit(sampling.ranked)
+    for _ in range(200):
+        logits = rng.normal(0, 3, 50).astype(np.float32)
+        logits[rng.integers(0, 50, 5)] = logits[0]  # ties: the lower id first
+        temperature, top_p = float(rng.uniform(0.2, 3)), float(rng.uniform(0.01, 1))
+        top_k = int(rng.integers(1, 51))
+        for case in ((top_k, 1.0), (50, top_p), (top_k, top_p)):
+            order, kept = (np.asarray(a) for a in ranked(logits, temperature, *case))
+            assert set(order[np.isfinite(kept)]) == support(logits, temperature, *case)
+
+
+def test_filtered_draws_follow_the_renormalised_probabilities():
+    logits = np.random.default_rng(3).normal(0, 1, 32).astype(np.float32)
+    kept = support(logits, 0.8, 12, 0.8)
+    assert 2 < len(kept) < 12
+    weights = np.exp(logits.astype(np.float64) / 0.8)
+    p = np.where(np.isin(np.arange(32), list(kept)), weights, 0)
+    n = 20_000
+    streams = sampling.streams([np.array([i]) for i in range(n)], seed=0)
+    knobs = sampling.knobs(sampling.Sampling(0.8, 12, 0.8), 32)
+    choose = jax.jit(sampling.choose, static_argnums=0)
+    drawn = choose("filtered", np.tile(logits, (n, 1)), streams, np.zeros(n, np.int32), knobs)
+    counts = np.bincount(drawn, minlength=32)
+    assert set(np.flatnonzero(counts)) == kept
+    assert chi_square(counts, p / p.sum()) > 1e-3
+
+
+def test_copies_and_seeds_draw_differently():
+    params = make_params(TINY)
+
+    def draw(prompts, seed):
+        return decode.generate(TINY, params, prompts, 16, None, top_k=31, seed=seed)
+
+    a, b, _ = draw([PROMPTS[0], PROMPTS[0], PROMPTS[1]], 1)
+    _, again, _ = draw([PROMPTS[2], PROMPTS[0], PROMPTS[1]], 1)
+    _, other, _ = draw([PROMPTS[2], PROMPTS[0], PROMPTS[1]], -2)
+    np.testing.assert_array_equal(a, again)
+    assert (a != b).any() and (a != other).any()
+
+
+# ------------------------------------------------------------------------------------ what is said
+
+BYTES = dataclasses.replace(TINY, vocab_size=256)
+
+
+def test_probes_are_the_softmax_of_apply():
+    params = make_params(BYTES)
+    prompts = ["the sky is ", "a", "日本"]
+    rows = decode.probes(Bytes(), prompts, k=5)(Config(model=BYTES), params, 70)
+    assert [row["probe/prompt"] for row in rows] == prompts
+    for row in rows:
+        p = probabilities(BYTES, params, Bytes().encode(row["probe/prompt"]))
+        best = np.argsort(-p)[:5]
+        assert row.keys() == {"step", "probe/prompt", "probe/top"} and row["step"] == 70
+        assert [text for text, _ in row["probe/top"]] == [
+            decode.token_text(Bytes(), int(i)) for i in best
+        ]
+        np.testing.assert_allclose([share for _, share in row["probe/top"]], p[best], rtol=1e-5)
+
+
+def test_samples_are_the_same_at_each_step_of_the_same_model():
+    params = make_params(BYTES)
+    observe = decode.samples(Bytes(), ["def ", "日本"], 12, seed=4)
+    first, second = (observe(Config(model=BYTES), params, step) for step in (10, 20))
+    assert [row["step"] for row in second] == [20, 20]
+    assert [row["sample/text"] for row in first] == [row["sample/text"] for row in second]
+    prompts = Bytes().encode_batch(["def ", "日本"])
+    ids = decode.generate(BYTES, params, prompts, 12, Bytes.eos_id, seed=4)
+    assert first[1] == {
+        "step": 10, "sample/prompt": "日本", "sample/text": Bytes().decode(ids[1])
+    }  # fmt: skip
+
+
+def test_every_token_is_readable():
+    text = [decode.token_text(Bytes(), i) for i in range(257)]
+    assert text[ord("a")] == "a" and text[ord("\n")] == "\n"
+    assert text[0xE3] == "\\xe3" and text[0] == "<|endoftext|>" and text[256] == "<256>"
+    words = train_bpe(["日本 日本 the sky"] * 3, 280)
+    shown = [decode.token_text(words, i) for i in range(words.vocab_size)]
+    assert all(shown) and not any("\ufffd" in s for s in shown) and "日本" in shown
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "kwargs", "says"),
+    [
+        ([], 4, {}, r"prompts\[1\]: expected at least one token"),
+        ([3, 99], 4, {}, r"prompts\[1\]: token 99 .* 0 … 31"),
+        ([1] * 60, 6, {}, r"prompts\[1\]: 60 tokens and 6 new ones need 65 .* learned 64 .* by 1"),
+        ([1], 0, {}, "max_new_tokens: expected at least 1, got 0"),
+        ([1], 4, {"temperature": -1.0}, "temperature: expected .* got -1.0"),
+        ([1], 4, {"top_p": 0.0}, "top_p: expected above 0 .* got 0.0"),
+        ([1], 4, {"top_k": -3}, "top_k: expected 0 .* got -3"),
+        ([1], 4, {"top_k": 0.5}, "top_k: expected int, got 0.5"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(prompt, new, kwargs, says):
+    config = VARIANTS["learned, layernorm, bias, untied, unrolled"]
+    with pytest.raises(UserError, match=says):
+        decode.generate(config, {}, [np.array([1]), np.array(prompt)], new, None, **kwargs)
+
+
+def test_prompts_are_checked_before_training():
+    learned = dataclasses.replace(BYTES, positions="learned", seq_len=16)
+    config = Config(model=learned)
+    ok = dataclasses.replace(
+        config.train, probes=("x" * 16,), sample_prompts=("abc",), sample_tokens=14
+    )
+    decode.check_prompts(dataclasses.replace(config, train=ok), Bytes())
+    for field in ({"probes": ("x" * 17,)}, {"sample_tokens": 15}, {"probes": ("a", "")}):
+        bad = dataclasses.replace(config, train=dataclasses.replace(ok, **field))
+        with pytest.raises(UserError, match=r"config\.train\.(probes|sample_prompts)\[[01]\]: "):
+            decode.check_prompts(bad, Bytes())
