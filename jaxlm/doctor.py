@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = (
+    "jaxlm",
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers",
     "matplotlib", "fsspec",
 )  # fmt: skip
@@ -27,15 +28,13 @@ def examine() -> dict[str, Any]:
     """Everything that the text shows, as JSON values; `problems` is empty on a healthy machine."""
     import jax
 
-    from jaxlm import __version__
-
     problems: list[str] = []
     devices: list[str] = []
     try:
         devices = [f"{d.device_kind} ({d.platform})" for d in jax.devices()]
     except RuntimeError as e:
         problems.append(f"no devices: {str(e).splitlines()[0]}")
-    versions = {"python": platform.python_version(), "jaxlm": __version__}
+    versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             versions[name] = metadata.version(name)
@@ -51,7 +50,8 @@ def examine() -> dict[str, Any]:
         "cores": cores,
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
-        "compilation_cache": jax.config.values.get("jax_compilation_cache_dir") or "~/.cache/jaxlm/xla",
+        "compilation_cache": jax.config.values.get("jax_compilation_cache_dir")
+        or "~/.cache/jaxlm/xla",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "extras": {
             use: {"installed": importlib.util.find_spec(module) is not None, "extra": extra}

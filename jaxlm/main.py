@@ -178,8 +178,7 @@ def _experiment(values: Flags, overrides: list[tuple[str, str]], kind: type) -> 
     if not isinstance(experiment, kind):
         verb = "sweep" if isinstance(experiment, Sweep) else "train"
         raise UserError(
-            f"--config: {values['config']} holds a {type(experiment).__name__};"
-            f" use 'jaxlm {verb}'"
+            f"--config: {values['config']} holds a {type(experiment).__name__}; use 'jaxlm {verb}'"
         )
     return experiment
 

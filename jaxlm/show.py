@@ -26,7 +26,8 @@ class Lines:
     def __init__(self, to_stderr: bool = False) -> None:
         self.file = sys.stderr if to_stderr else sys.stdout
         self.live = self.file.isatty()
-        self.console = Console(file=self.file, soft_wrap=True, highlight=False)
+        width = None if self.live else 140  # a log is not as narrow as no terminal
+        self.console = Console(file=self.file, width=width, highlight=False)
         self.open = False  # a live line stands
         self.last = 0.0
         self.step = ""

@@ -131,7 +131,10 @@ class _Pool:
         self.failed: dict[str, str] = {}
         self.inbox: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
         n = n_workers(sweep, len(groups))
-        self.environment = worker_environment(n)
+        # The held-out run is alone by design; a last member of the ladder by chance, and must not
+        # come out in other last bits for it.
+        alone = all(m.role == "holdout" for g in groups for m in g)
+        self.environment = worker_environment(alone)
         self.workers = [self._spawn() for _ in range(n)]
 
     def run(self, stop: Any) -> None:
@@ -247,16 +250,16 @@ def _stopped(stop: Any) -> JaxlmError:
     return error
 
 
-def worker_environment(workers: int) -> dict[str, str]:
-    """The parent's environment, with each of several CPU workers kept to one thread.
+def worker_environment(alone: bool) -> dict[str, str]:
+    """The parent's environment, with a worker on a CPU kept to one thread per device.
 
     XLA's thread pool stalls tiny models; two single-threaded processes carry twice one process
-    with two threads. A lone worker splits its batch over one single-threaded device per core.
+    with two threads. A worker that is `alone` has one such device per core and splits its batch.
     """
     env = dict(os.environ)
     if on_cpu():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        devices = cores if workers == 1 else 1
+        devices = cores if alone else 1
         env["JAX_PLATFORMS"] = "cpu"
         env["XLA_FLAGS"] = " ".join(
             [

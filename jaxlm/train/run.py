@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 
-import jaxlm
 from jaxlm.config import Config, fingerprint, references
 from jaxlm.files import append_jsonl, read_json, truncate_jsonl, write_json
 from jaxlm.schema import UserError, from_dict, to_dict
@@ -21,7 +20,7 @@ from jaxlm.train import record
 from jaxlm.train.checkpoint import Checkpoints
 
 FORMAT = "jaxlm.config/1"
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_LIBRARIES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclass
@@ -68,7 +67,6 @@ class Run:
                 "data_fingerprint": self.data_fingerprint,
                 "config": to_dict(self.config),
                 "versions": {
-                    "jaxlm": jaxlm.__version__,
                     "python": platform.python_version(),
                     **{name: metadata.version(name) for name in _LIBRARIES},
                 },
