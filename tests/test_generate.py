@@ -318,3 +318,15 @@ def test_prompts_are_checked_before_training():
         bad = dataclasses.replace(config, train=dataclasses.replace(ok, **field))
         with pytest.raises(UserError, match=r"config\.train\.(probes|sample_prompts)\[[01]\]: "):
             decode.check_prompts(bad, Bytes())
+
+
+def test_an_own_layer_without_a_cache_is_refused(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from jaxlm.model.layers import Block\n\n\n"
+        "class Forgetful(Block):\n"
+        "    def __call__(self, x_btd, context, cache=None):\n"
+        "        return super().__call__(x_btd, context, None)\n"
+    )
+    own = dataclasses.replace(TINY, layer=f"{tmp_path}/own.py:Forgetful")
+    with pytest.raises(UserError, match=r"config\.model\.layer: .*own\.py:Forgetful .* no cache"):
+        greedy(own, make_params(own), PROMPTS, 3)
