@@ -34,7 +34,7 @@ from jaxlm.schema import UserError
 
 TOLERANCE = 0.02  # of a loss, above the hull: beyond it a point is not on the frontier
 _GRID = 512
-_SMOOTHING = 0.02  # of a curve's points: the width of the Gaussian
+_SMOOTHING = 0.15  # of a curve's points: the window of the smoothing
 
 
 class _Track(NamedTuple):
@@ -98,7 +98,7 @@ def fit(
 
 def _track(curve: Curve, points: Points) -> _Track:
     """The curve, smoothed, scaled to end at its run's loss in the table."""
-    from scipy.ndimage import gaussian_filter1d
+    from scipy.signal import savgol_filter
 
     where = f"curve {curve.name or curve.params}"
     flops, loss = np.asarray(curve.flops, np.float64), np.asarray(curve.loss, np.float64)
@@ -108,10 +108,11 @@ def _track(curve: Curve, points: Points) -> _Track:
     if good.sum() < 3 or np.any(np.diff(flops[good]) <= 0):
         raise UserError(f"{where}: expected three points or more, rising FLOPs and losses above 0")
     log_flops, raw = np.log(flops[good]), np.log(loss[good])
-    width = _SMOOTHING * len(raw)
-    log_loss = gaussian_filter1d(raw, width, mode="nearest")
-    # Second differences see the scatter (variance times 6), not the trend; smoothing divides it.
-    scatter = np.median(np.abs(np.diff(raw, 2))) / 0.6745 / np.sqrt(6 * max(1, 3.54 * width))
+    window = min(len(raw), max(3, round(_SMOOTHING * len(raw))))
+    log_loss = savgol_filter(raw, window, 2)  # parabolas, so that a falling end stays where it is
+    # Second differences see the scatter (variance times 6), not the trend. At a curve's end the
+    # smoothing leaves 9 / window of the variance.
+    scatter = np.median(np.abs(np.diff(raw, 2))) / 0.6745 * np.sqrt(min(1, 9 / window) / 6)
     if curve.name and curve.name in points.name:
         same = np.array([name == curve.name for name in points.name])
     else:
@@ -184,9 +185,11 @@ def _frontier(
 def _peers(log_flops: float, alive: np.ndarray, tracks: Sequence[_Track]) -> np.ndarray:
     """Tracks that end at this compute if they are of three sizes or more, else all that are there:
     next to finished runs those on their way to a larger budget have not decayed yet."""
-    near = [abs(t.log_flops[-1] - log_flops) < np.log(BUDGET_WIDTH) for t in tracks]
-    ending = np.flatnonzero(alive & np.array(near))
-    return ending if len({tracks[int(i)].params for i in ending}) >= 3 else np.flatnonzero(alive)
+    ends = np.array([t.log_flops[-1] for t in tracks])
+    ending = np.flatnonzero(alive & (np.abs(ends - log_flops) < np.log(BUDGET_WIDTH)))
+    if len({tracks[int(i)].params for i in ending}) >= 3:
+        return ending
+    return np.flatnonzero(alive & (ends > log_flops - 1e-6))
 
 
 def _lower_hull(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -62,7 +62,9 @@ def fit(
     data = _data(points)
     one = np.ones((1, len(points)))
     starts = np.stack([_start(data, p, q) for p in _POWERS for q in _POWERS])
-    theta, objective = _minimise(starts, data, one, delta, 500)
+    theta, objective = _minimise(starts, data, one, delta, 60)
+    front = objective.argsort()[:9]
+    theta, objective = _minimise(theta[front], data, one, delta, 500)
     best = theta[objective.argmin()]
     residual = _mixture(best[None], data)[0][0] - data.y
     dof = len(points) - 5
@@ -77,7 +79,6 @@ def fit(
         "flops_per_param_token": points.flops_per_param_token,
         "noise": {"relative": float(np.sqrt((residual**2).sum() / dof)), "dof": dof},
         "at_bounds": [n for n, hit in _at_bounds(best[None], data).items() if hit[0]],
-        "starts_at_optimum": float((objective < objective.min() * (1 + 1e-6)).mean()),
         "residuals": residual.tolist(),
     }
     return result, draws

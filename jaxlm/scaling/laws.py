@@ -16,8 +16,11 @@ import numpy as np
 
 from jaxlm.scaling import approach1, approach2, approach3, frontier
 from jaxlm.scaling.frontier import Refusal
+from jaxlm.scaling.law_table import table
 from jaxlm.scaling.runs import Curve, Points
 from jaxlm.schema import UserError, hint
+
+__all__ = ["fit", "predict", "table"]
 
 Estimator = Literal["approach1", "approach2", "approach3"]
 ESTIMATORS = ("approach1", "approach2", "approach3")
