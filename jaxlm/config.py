@@ -235,6 +235,12 @@ def validate(config: Config, where: str = "config") -> Config:
     need(o.learning_rate > 0, "optimizer.learning_rate", o.learning_rate, "above 0")
     for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
         need(0 <= getattr(o, name) <= 1, f"optimizer.{name}", getattr(o, name), "between 0 and 1")
+    need(
+        o.schedule != "wsd" or o.warmup_fraction + o.decay_fraction <= 1 + 1e-9,
+        "optimizer.decay_fraction",
+        o.decay_fraction,
+        f"at most 1 - warmup_fraction = {1 - o.warmup_fraction:g}",
+    )
     for name in ("steps", "global_batch_size", "accumulation_steps", "steps_per_dispatch"):
         need(getattr(t, name) >= 1, f"train.{name}", getattr(t, name), "at least 1")
     need(t.keep_checkpoints >= 1, "train.keep_checkpoints", t.keep_checkpoints, "at least 1")

@@ -29,7 +29,7 @@ def affine(x, name, p, grads, n_in=1, bias=None):
 
 
 def norm(x, p, grads, centred):
-    """LayerNorm (Ba et al. 2016, eq. 4) if `centred`, else RMSNorm (Zhang & Sennrich 2019, eq. 4)."""
+    """LayerNorm (Ba et al. 2016, eq. 4) if `centred`, else RMSNorm (Zhang & Sennrich 2019)."""
     shifted = x - x.mean(-1, keepdims=True) if centred else x
     sigma = np.sqrt((shifted**2).mean(-1, keepdims=True) + 1e-5)
     unit = shifted / sigma
@@ -230,7 +230,8 @@ def loss_and_gradients(m, params, batch, z_loss=0.0):
 
 def factor(o, steps, step):
     """Learning rate of update `step` (0 first) as a share of the peak, from the names alone."""
-    warmup, decay = (max(1, round(f * steps)) for f in (o.warmup_fraction, o.decay_fraction))
+    warmup = round(o.warmup_fraction * steps)
+    decay = max(1, min(round(o.decay_fraction * steps), steps - warmup))
     if step < warmup:
         return (step + 1) / warmup
     done, low = (step - warmup) / max(steps - warmup, 1), o.final_fraction

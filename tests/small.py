@@ -5,12 +5,12 @@ import dataclasses
 
 import jax
 import numpy as np
+from reference import flat, unflat
 
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
 from jaxlm.data.loader import Batch, Dataset
 from jaxlm.model import transformer
-from reference import flat, unflat
 
 MODEL = ModelConfig(d_model=8, n_layers=2, n_heads=2, vocab_size=16, seq_len=12)
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import reference
 import small
+
 from jaxlm.model import transformer
 from jaxlm.model.attention import attend
 from jaxlm.train import losses

@@ -1,13 +1,14 @@
 """Counts against published models, FLOPs against what XLA and the traced program count."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
-
 import reference
 import small
+
 from jaxlm.config import ModelConfig
 from jaxlm.model import scale, transformer
 from jaxlm.train import losses
@@ -136,13 +137,14 @@ def test_effective_parameters_make_six_n_d_exact():
 
 def test_mup_shrinks_matrices_and_the_output_as_one_over_width():
     """Yang et al. 2022, table 3, Adam: hidden weights and output 1/width, all else 1."""
-    wide = dict(d_model=256, base_d_model=64, tie_embeddings=False, bias=True, norm="layernorm")
-    mup = reference.flat(
-        scale.learning_rate_multipliers(ModelConfig(parametrization="mup", **wide))
+    standard = ModelConfig(
+        d_model=256, base_d_model=64, tie_embeddings=False, bias=True, norm="layernorm"
     )
+    mup = dataclasses.replace(standard, parametrization="mup")
+    mup = reference.flat(scale.learning_rate_multipliers(mup))
     for path, multiplier in mup.items():
         assert multiplier == (0.25 if path[-1] in reference.MATRICES else 1.0), path
-    standard = reference.flat(scale.learning_rate_multipliers(ModelConfig(**wide)))
+    standard = reference.flat(scale.learning_rate_multipliers(standard))
     assert set(standard.values()) == {1.0}
     at_base = ModelConfig(parametrization="mup", d_model=64, base_d_model=64)
     assert set(reference.flat(scale.learning_rate_multipliers(at_base)).values()) == {1.0}

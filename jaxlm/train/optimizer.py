@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,13 +33,15 @@ def hyper(config: Config) -> Hyper:
     """The numbers of one run, shares turned into steps."""
     o, steps = config.optimizer, config.train.steps
     f32 = np.float32
+    warmup = round(o.warmup_fraction * steps)
     return Hyper(
         seed=np.int32(config.seed),
         learning_rate=f32(o.learning_rate),
         weight_decay=f32(o.weight_decay),
         steps=f32(steps),
-        warmup_steps=f32(max(1, round(o.warmup_fraction * steps))),
-        decay_steps=f32(max(1, round(o.decay_fraction * steps))),
+        warmup_steps=f32(warmup),
+        # Rounding of the two shares must not let the decay begin within the warm-up.
+        decay_steps=f32(max(1, min(round(o.decay_fraction * steps), steps - warmup))),
         final_fraction=f32(o.final_fraction),
     )
 
@@ -60,7 +63,7 @@ def _cosine(done: jax.Array, h: Hyper) -> jax.Array:
 
 def _wsd(done: jax.Array, h: Hyper) -> jax.Array:
     """Warm-up, stable, decay (Hu et al. 2024, MiniCPM §4), with a linear decay."""
-    left = (1.0 - done) * (h.steps - h.warmup_steps)
+    left = (1.0 - done) * jnp.maximum(h.steps - h.warmup_steps, 1.0)
     return jnp.clip(left / h.decay_steps, 0.0, 1.0) * (1.0 - h.final_fraction) + h.final_fraction
 
 
@@ -75,7 +78,7 @@ def learning_rate(config: OptimizerConfig, h: Hyper, step: jax.Array) -> jax.Arr
     """
     after = _named(config.schedule, SCHEDULES, "config.optimizer.schedule")
     step = step.astype(jnp.float32)
-    warm = jnp.minimum(1.0, (step + 1.0) / h.warmup_steps)
+    warm = jnp.minimum(1.0, (step + 1.0) / jnp.maximum(h.warmup_steps, 1.0))
     done = jnp.clip((step - h.warmup_steps) / jnp.maximum(h.steps - h.warmup_steps, 1.0), 0.0, 1.0)
     return h.learning_rate * warm * after(done, h)
 
@@ -98,35 +101,40 @@ def _muon(config: Config) -> optax.GradientTransformation:
     Orthogonalised updates get an RMS of 0.2 (Liu et al. 2025, eq. 4), so that one learning rate
     serves both. Under muP they shrink as 1/√width, which keeps their spectral norm.
     """
-    o, shrink = config.optimizer, learning_rate_multipliers(config.model)
-    hidden = by_role(config.model, ("hidden",))
-    scales = jax.tree.map(lambda yes, m: m**0.5 if yes else m, hidden, shrink)
+    o, rows = config.optimizer, table(config.model)
+    is_row = {"is_leaf": lambda x: isinstance(x, Declared)}
+    role = jax.tree.map(lambda row: "muon" if row.role == "hidden" else "adam", rows, **is_row)
+    axes = jax.tree.map(_matrix_axes, rows, **is_row)
+
+    def scale(row: Declared, axes: Any, multiplier: float) -> float:
+        if row.role != "hidden":
+            return multiplier
+        sides = [math.prod(row.shape[i] for i in side) for side in axes]
+        return 0.2 * max(sides) ** 0.5 * multiplier**0.5
+
+    scales = jax.tree.map(scale, rows, axes, learning_rate_multipliers(config.model), **is_row)
     return optax.chain(
-        optax.contrib.muon(
-            learning_rate=-1.0,  # its sign is turned back: the step is taken in one place below
-            beta=o.muon_momentum,
-            adam_b1=o.b1,
-            adam_b2=o.b2,
-            eps=o.eps,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=_matrix_axes(config),
+        optax.partition(
+            {
+                "muon": optax.contrib.scale_by_muon(
+                    beta=o.muon_momentum, eps=o.eps, weight_dimension_numbers=axes
+                ),
+                "adam": optax.scale_by_adam(o.b1, o.b2, o.eps),
+            },
+            role,
         ),
         optax.stateless(lambda u, _: jax.tree.map(lambda a, m: a * m, u, scales)),
     )
 
 
-def _matrix_axes(config: Config) -> Any:
-    """For each hidden matrix, which axes are its input and which its output; None for the rest."""
-
-    def axes(row: Declared) -> Any:
-        if row.role != "hidden":
-            return None
-        first = 1 if row.axes[0] == "layers" else 0
-        inner = tuple(range(first, len(row.axes)))
-        cut = len(inner) - 1 if row.axes[-1] == "d_model" else 1
-        return optax.contrib.MuonDimensionNumbers(inner[:cut], inner[cut:])
-
-    return jax.tree.map(axes, table(config.model), is_leaf=lambda x: isinstance(x, Declared))
+def _matrix_axes(row: Declared) -> Any:
+    """Which axes of a hidden matrix are its input and which its output; others are masked."""
+    if row.role != "hidden":
+        return optax.MaskedNode()
+    first = 1 if row.axes[0] == "layers" else 0
+    inner = tuple(range(first, len(row.axes)))
+    cut = len(inner) - 1 if row.axes[-1] == "d_model" else 1
+    return optax.contrib.MuonDimensionNumbers(inner[:cut], inner[cut:])
 
 
 OPTIMIZERS = {"adamw": _adam, "muon": _muon}
@@ -148,8 +156,8 @@ def transform(config: Config, weight_decay: Any, rate: Any) -> optax.GradientTra
 
 
 def _any_layout(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx`, what it computes inside laid out by the compiler. Products along a sharded axis, such as
-    Newton–Schulz's x·xᵀ inside optax, have no rule under Explicit axes (not even at 1×1×1)."""
+    """`tx`, what it computes inside laid out by the compiler: products along a sharded axis, such
+    as x·xᵀ in optax's Newton–Schulz, have no rule under Explicit axes (not even at 1×1×1)."""
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         layouts = jax.tree.map(lambda x: jax.typeof(x).sharding, (grads, state))
