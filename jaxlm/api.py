@@ -146,7 +146,7 @@ def sweep(
             member = stages.run_holdout(sweep, folder, planned, prediction, **how)
             planned = [*planned, member]
             stages.score(folder, member, prediction, say)
-        sample(folder, stages.best(folder, planned).name)
+        sample(sweep, folder, stages.best(folder, planned).name)
         stages.drop_checkpoints(sweep, folder, planned)
         page = write_sweep_report(folder)
         mirror.push()
@@ -172,15 +172,15 @@ def summary(folder: Path) -> dict[str, Any]:
     }
 
 
-def sample(folder: Path, name: str) -> None:
-    """samples.json: text from one run of a sweep, continued from its sample prompts."""
-    run = folder / "runs" / name
-    prompts = read_json(run / "config.json", "config")["config"]["train"]["sample_prompts"]
-    path = folder / "samples.json"
+def sample(sweep: Sweep, folder: Path, name: str) -> None:
+    """samples.json: what one run of a sweep makes of the sweep's prompts."""
+    path, run = folder / "samples.json", folder / "runs" / name
+    if not sweep.sample_prompts:
+        return
     if path.exists() and read_json(path, "samples")["run"] == name:
         return
-    texts = generate(run, prompts or ["\n"], max_new_tokens=None)
-    rows = [{"prompt": p, "text": t} for p, t in zip(prompts or ["\n"], texts, strict=True)]
+    texts = generate(run, sweep.sample_prompts, max_new_tokens=sweep.base.train.sample_tokens)
+    rows = [{"prompt": p, "text": t} for p, t in zip(sweep.sample_prompts, texts, strict=True)]
     write_json(path, {"format": "jaxlm.samples/1", "run": name, "samples": rows})
 
 
@@ -188,7 +188,7 @@ def generate(
     workdir: str | Path,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int = 64,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -213,7 +213,7 @@ def generate(
             params,
             words,
             list(prompts),
-            max_new_tokens=max_new_tokens or config.train.sample_tokens,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -185,6 +185,7 @@ class Sweep:
     vary: tuple[tuple[str, tuple[Any, ...]], ...] = doc(
         (), "(('optimizer.learning_rate', (1e-3, 2e-3)), …): each member once per combination"
     )
+    sample_prompts: tuple[str, ...] = doc((), "continued by the best model when all is done")
     bootstrap: int = doc(1000, "resamples for the intervals")
     workers: int = doc(0, "processes; 0: one per core on CPU, one elsewhere")
     population: Literal["auto", "on", "off"] = doc(

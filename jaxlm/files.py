@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -131,15 +131,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return [row for row, _ in _rows(Path(path))]
 
 
-def truncate_jsonl(path: str | Path, step: int) -> None:
-    """Drops the rows whose "step" is greater than `step`, and a torn last line.
-
-    So a run that resumes from `step` ends with the file of an uninterrupted run: the rows that
-    stay keep their bytes. Rows without a "step" stay.
-    """
+def filter_jsonl(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the rows that `keep` is false for, and a torn last line; the others keep their bytes."""
     path = Path(path)
     if path.exists():
-        kept = b"".join(line for row, line in _rows(path) if row.get("step", step) <= step)
+        kept = b"".join(line for row, line in _rows(path) if keep(row))
         if len(kept) != path.stat().st_size:
             write_bytes(path, kept)
 

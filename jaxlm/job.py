@@ -93,6 +93,7 @@ def _fit(
     loader.check_epochs(train_set, sequences, config.data.max_epochs)
     watch = [likelihood.heldout(eval_set, config.data.eval_sequences)]
     words = tokenizer.load(data_dir / "tokenizer")
+    decode.check_prompts(config, words)
     if config.train.probes:
         watch.append(decode.probes(words, config.train.probes))
     if config.train.sample_prompts:

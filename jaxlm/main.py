@@ -245,7 +245,9 @@ def _generate(values: Flags, overrides: list[tuple[str, str]]) -> int:
 
     if not values["workdir"]:
         raise UserError("--workdir: expected the folder of a run")
-    prompts = values["prompt"] or [""]
+    prompts = values["prompt"]
+    if not prompts:
+        raise UserError("--prompt: expected a text to continue, as in --prompt='The '")
     texts = api.generate(
         values["workdir"],
         prompts,

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from jaxlm.files import (
     Mirror,
     append_jsonl,
+    filter_jsonl,
     read_json,
     read_jsonl,
-    truncate_jsonl,
     write_bytes,
     write_json,
 )
@@ -161,7 +161,7 @@ def test_a_torn_last_line_is_as_if_never_written(tmp_path_factory, rows, cut):
     assert read_jsonl(path) == [*whole, {"step": 1}]
 
 
-def test_truncated_rows_are_bytes_of_the_uninterrupted_file(tmp_path):
+def test_filtered_rows_are_bytes_of_the_uninterrupted_file(tmp_path):
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     rows = [{"note": "start"}, *({"step": s, "loss": 1 / (s + 1)} for s in range(10))]
     for row in rows:
@@ -170,12 +170,12 @@ def test_truncated_rows_are_bytes_of_the_uninterrupted_file(tmp_path):
         append_jsonl(resumed, row)
     with open(resumed, "a") as f:
         f.write('{"step": 8, "lo')
-    truncate_jsonl(resumed, 4)
+    filter_jsonl(resumed, lambda row: row.get("step", 0) <= 4)
     assert read_jsonl(resumed) == rows[:6]
     for row in rows[6:]:
         append_jsonl(resumed, row)
     assert resumed.read_bytes() == whole.read_bytes()
-    truncate_jsonl(tmp_path / "absent.jsonl", 3)
+    filter_jsonl(tmp_path / "absent.jsonl", lambda row: True)
     assert read_jsonl(tmp_path / "absent.jsonl") == []
 
 

@@ -119,6 +119,8 @@ class _Loop:
     def run(self) -> list[record.RunRecord]:
         self.started = self.last_row = time.perf_counter()
         self.state, self.step = self._start()
+        if self.step:  # its evaluation came after the checkpoint
+            self._observe_if_due()
         for batches in self._feed():
             n = batches.tokens.shape[1 if self.population else 0]
             self._profile()
@@ -196,13 +198,17 @@ class _Loop:
     # ------------------------------------------------------------------------------------- events
 
     def _at_boundary(self) -> None:
-        """Evaluates and saves where it is due. Rows first: a checkpoint covers its own step."""
+        """Saves and evaluates where it is due; saves first: a failing evaluation costs no step."""
         t, at_end = self.config.train, self.step == self.config.train.steps
-        if at_end or (t.eval_every and self.step % t.eval_every == 0):
-            self._log_pending()
-            self._observe()
         if at_end or (t.checkpoint_every and self.step % t.checkpoint_every == 0):
             self._save()
+        self._observe_if_due()
+
+    def _observe_if_due(self) -> None:
+        every = self.config.train.eval_every
+        if self.step == self.config.train.steps or (every and self.step % every == 0):
+            self._log_pending()
+            self._observe()
 
     def _leave(self) -> None:
         self._save()

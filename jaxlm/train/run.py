@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxlm.config import Config, fingerprint, references
-from jaxlm.files import append_jsonl, read_json, truncate_jsonl, write_json
+from jaxlm.files import append_jsonl, filter_jsonl, read_json, write_json
 from jaxlm.schema import UserError, from_dict, to_dict
 from jaxlm.train import record
 from jaxlm.train.checkpoint import Checkpoints
@@ -87,8 +87,13 @@ class Run:
         append_jsonl(self.metrics, row)
 
     def rewind(self, step: int) -> None:
-        """Forgets what was logged after `step`, so that the file is an uninterrupted run's."""
-        truncate_jsonl(self.metrics, step)
+        """Forgets what was logged after the checkpoint of `step` was saved, so that the file becomes
+        an uninterrupted run's. What was observed at `step` is observed again: evaluation comes
+        after saving, so that a failure in it costs no trained step."""
+        filter_jsonl(
+            self.metrics,
+            lambda row: row["step"] < step or (row["step"] == step and "train/loss" in row),
+        )
 
 
 def read_config(folder: Path) -> Config:
