@@ -132,7 +132,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def filter_jsonl(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the rows that `keep` is false for, and a torn last line; the others keep their bytes."""
+    """Drops the rows that `keep` is false for and a torn last line; others keep their bytes."""
     path = Path(path)
     if path.exists():
         kept = b"".join(line for row, line in _rows(path) if keep(row))

@@ -32,7 +32,7 @@ class Lines:
         self.last = 0.0
         self.step = ""
         self.began = time.monotonic()
-        self.flops_at_start: float | None = None
+        self.shown: Any = None  # the board whose speed is measured from when it was first seen
 
     def say(self, text: str) -> None:
         """A line that stays, with the time since the start."""
@@ -93,8 +93,8 @@ class Lines:
     def board(self, board: Any) -> None:
         """`progress` of a sweep."""
         now = time.monotonic()
-        if self.flops_at_start is None or board.flops < self.flops_at_start:
-            self.flops_at_start, self.board_began = board.flops, now
+        if self.shown is not board:
+            self.shown, self.flops_at_start, self.board_began = board, board.flops, now
         rate = (board.flops - self.flops_at_start) / max(now - self.board_began, 1e-9)
         left = _clock((board.total_flops - board.flops) / rate) if rate else "–"
         running = ", ".join(

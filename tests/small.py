@@ -11,6 +11,8 @@ from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
 from jaxlm.data.loader import Batch, Dataset
 from jaxlm.model import transformer
+from jaxlm.train import optimizer
+from jaxlm.train.step import State
 
 MODEL = ModelConfig(d_model=8, n_layers=2, n_heads=2, vocab_size=16, seq_len=12)
 
@@ -82,6 +84,13 @@ def sharded(config: Config, params: dict) -> dict:
         params,
         transformer.table(config.model),
     )
+
+
+def state(config: Config, params: dict) -> State:
+    """A fresh state on the current mesh with these host parameters; nothing is compiled."""
+    params = sharded(config, params)
+    opt_state = optimizer.transform(config, 0.0, 0.0).init(params)
+    return State(params, opt_state, jax.numpy.zeros((), jax.numpy.int32))
 
 
 def dataset(config: Config, tokens: int = 4000, seed: int = 0) -> Dataset:

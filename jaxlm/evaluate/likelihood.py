@@ -15,8 +15,8 @@ from jaxlm.config import Config, ModelConfig
 from jaxlm.data import loader
 from jaxlm.data.loader import Batch
 from jaxlm.model import transformer
-from jaxlm.train.losses import token_losses
 from jaxlm.train.loop import Observer
+from jaxlm.train.losses import token_losses
 
 ROWS = 32  # sequences at a time
 

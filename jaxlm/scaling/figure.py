@@ -13,6 +13,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from jaxlm.files import write_bytes
 from jaxlm.scaling.formats import clean
@@ -139,24 +140,24 @@ def _fonts() -> list[str]:
     return ["DejaVu Sans", *(name for name in wanted if name in installed)]
 
 
-_TICKS = (
-    (0.3, tuple(v / 20 for v in range(20, 200))),
-    (0.6, (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)),
+def logarithmic(axis: Axis, low: float, high: float, label: Callable[[float], str | None]) -> None:
+    """Ticks at round values, six or so, each named by `label(value)`."""
+    decades = math.log10(high / low) if 0 < low < high else 0.0
+    steps = next(steps for limit, steps in _STEPS if decades < limit)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=20) if steps else MaxNLocator(6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: label(value) or ""))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
+# Decades shown → digits of the ticks; within half a decade they are evenly spaced.
+_STEPS: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (0.5, ()),
     (1.3, (1.0, 2.0, 3.0, 5.0)),
     (2.3, (1.0, 2.0, 5.0)),
     (3.6, (1.0, 3.0)),
     (math.inf, (1.0,)),
 )
-
-
-def logarithmic(axis: Axis, low: float, high: float, label: Any) -> None:
-    """Ticks at round values, more of them in a short range, each named by `label(value)`."""
-    decades = math.log10(high / low) if 0 < low < high else 1.0
-    steps = next(steps for limit, steps in _TICKS if decades < limit)
-    axis.set_major_locator(LogLocator(subs=steps, numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: label(value) or ""))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(NullLocator())
 
 
 def save_png(plot: Plot, folder: Path) -> Path:

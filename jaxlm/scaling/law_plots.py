@@ -114,11 +114,12 @@ def optimal_loss(
     """The best loss at each compute, its extrapolation, the bet and what came of it."""
     if not lines:
         return None
+    bet = [number(prediction.get("loss")), *(numbers(prediction.get("ci95"), 2) or [])]
     plot = new_plot(
         "optimal_loss",
-        "Compute-optimal loss, and the bet on the held-out run",
-        "Bar: 95 % interval of the prediction, written before the run. Bands: 95 % intervals of "
-        "the laws. Lines thin out where they extrapolate.",
+        "Compute-optimal loss" + (", and the bet on the held-out run" if bet[0] else ""),
+        ("Bar: 95 % interval of the prediction, written before the run. " if bet[0] else "")
+        + "Bands: 95 % intervals of the laws. Lines thin out where they extrapolate.",
         height=4.4,
     )
     axes = plot.figure.add_subplot()
@@ -135,7 +136,6 @@ def optimal_loss(
     keys += role_keys(p.role for p in found if p.role != "holdout")
     keys += _bet(plot, axes, found, prediction, number(score.get("measured")))
     flop_axis(axes, reach)
-    bet = [number(prediction.get("loss")), *(numbers(prediction.get("ci95"), 2) or [])]
     shown = [p.loss for p in found] + [v for v in bet if v]
     _frame(axes, shown, lines, "loss", lambda v: f"{v:.3g}")
     axes.set_ylabel("held-out loss (nats/token)")
@@ -189,7 +189,7 @@ def residuals(found: Sequence[Point], fit: Json) -> Plot | None:
         error = predicted / p.loss - 1
         said = f"predicted {fixed(predicted)}, measured {fixed(p.loss)}, {percent(error)}"
         tip = Tip(f"{p.name}: {said}", p.tip.href)
-        style = mark(p.role, INK if p.role == "holdout" else COLORS["approach3"])
+        style = mark(p.role, INK if p.role == "holdout" else COLORS["approach3"], len(found))
         plot.draw(above, [p.loss], [predicted], tip, **style)
         plot.draw(below, [p.loss], [100 * error], tip, **style)
     above.set_ylabel("predicted (nats/token)")

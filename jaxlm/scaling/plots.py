@@ -101,7 +101,7 @@ def loss_curves(runs: Sequence[Run]) -> Plot | None:
     all_y = [v for _, _, _, y in drawn for v in y]
     logarithmic(axes.yaxis, min(all_y), max(all_y), lambda v: f"{v:g}")
     axes.set_ylabel("loss (nats/token)")
-    keys = points.level_keys(colors, lambda v: count(v) if v else "N not known yet")
+    keys = points.level_keys(colors, "N", lambda v: count(v) if v else "not known yet")
     plot.legend([*keys, *points.role_keys(run.role for _, run, _, _ in drawn)], columns=5)
     return plot
 
@@ -116,17 +116,23 @@ def isoflop(found: Sequence[Point], fit: Json) -> Plot | None:
     plot = new_plot(
         "isoflop",
         "IsoFLOP parabolas",
-        "Each colour is one compute budget C. Bars: spread of replicates. Dotted, with a cross: "
+        "Colour: compute budget C in FLOPs. Bars: spread of replicates. Dotted, with a cross: "
         "no minimum could be had.",
         height=4.2,
     )
     axes = plot.figure.add_subplot()
-    keys = points.level_keys(colors, lambda c: f"C = {power(c)}", marker="o", linestyle="")
+    keys = points.level_keys(colors, "C", power, marker="o", linestyle="")
     refused = _parabolas(plot, axes, second, colors)
     for budget, color in colors.items():
         _spread(axes, [p for p in members if p.budget == budget], color)
     for p in members:
-        plot.draw(axes, [p.params], [p.loss], p.tip, **points.mark(p.role, colors[p.budget or 0]))
+        plot.draw(
+            axes,
+            [p.params],
+            [p.loss],
+            p.tip,
+            **points.mark(p.role, colors[p.budget or 0], len(members)),
+        )
     for m in second.minima:
         _minimum(plot, axes, m)
     if second.minima:

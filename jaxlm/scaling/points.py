@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,33 +84,36 @@ def _said(name: str, n: float, d: float, c: float, loss: float) -> str:
 
 
 def levels(values: Iterable[float]) -> dict[float, str]:
-    """Value → colour, dark (small) to bright (large); more than eight share by nearness in log."""
+    """Value → colour, dark (small) to bright (large); more than eight share with neighbours."""
     distinct = sorted(set(values))
     if len(distinct) <= len(RAMP):
         steps = np.linspace(0, len(RAMP) - 1, len(distinct)).round().astype(int)
     else:
-        place = np.log(np.array(distinct) / distinct[0]) / np.log(distinct[-1] / distinct[0])
-        steps = np.minimum((place * len(RAMP)).astype(int), len(RAMP) - 1)
+        steps = np.arange(len(distinct)) * len(RAMP) // len(distinct)
     return {value: RAMP[step] for value, step in zip(distinct, steps.tolist(), strict=True)}
 
 
-def level_keys(colors: dict[float, str], label: Any, **style: Any) -> list[Line2D]:
+def level_keys(
+    colors: dict[float, str], symbol: str, label: Callable[[float], str | None], **style: Any
+) -> list[Line2D]:
     """A legend entry per colour; of values that share one, the range."""
     shared: dict[str, list[float]] = {}
     for value, color in colors.items():
         shared.setdefault(color, []).append(value)
+    ends = {color: sorted({v[0], v[-1]}) for color, v in shared.items()}
     return [
-        key(label(v[0]) + (f"–{label(v[-1])}" if len(v) > 1 else ""), color=color, **style)
-        for color, v in shared.items()
+        key(f"{symbol} " + " to ".join(label(v) or "?" for v in range_of), color=color, **style)
+        for color, range_of in ends.items()
     ]
 
 
-def mark(role: str, color: str) -> dict[str, Any]:
-    """Style of a run's point: filled, hollow for a replicate, a star for the held-out run."""
+def mark(role: str, color: str, crowd: int = 0) -> dict[str, Any]:
+    """Style of a run's point: filled, hollow for a replicate, a star for the held-out run; small
+    in a crowd."""
     hollow = role == "replicate"
     return {
         "marker": ROLES.get(role, "o"),
-        "markersize": 13 if role == "holdout" else 6.5,
+        "markersize": 13 if role == "holdout" else 6.5 if crowd < 60 else 4,
         "color": color,
         "markerfacecolor": "none" if hollow else color,
         "markeredgecolor": color if hollow else EDGE,

@@ -101,8 +101,8 @@ def _verdict(sweep: SweepFolder) -> Html:
 
 
 def _runs(runs: tuple[Run, ...]) -> Html:
-    head = ["Run", "Role", "Status", "Budget#", "N effective#", "N all#", "N no embedding#", "D#",
-            "D/N#", "Learning rate#", "Loss#", "Bits/byte#", "Time#"]  # fmt: skip
+    head = ["Run", "Role", "Budget#", "N effective#", "N all#", "N no embedding#", "D#",
+            "D/N#", "Learning rate#", "Loss#", "Bits/byte#", "Time#", "Status"]  # fmt: skip
     rows: list[list[Child]] = []
     for run in runs:
         params, tokens = run.number("params_effective"), run.number("tokens")
@@ -110,7 +110,6 @@ def _runs(runs: tuple[Run, ...]) -> Html:
         rows.append([
             run.name,
             run.role or None,
-            h("span", run.status, class_=f"tag {kind}".strip()),
             power(run.budget),
             count(params),
             count(run.number("params")),
@@ -121,6 +120,7 @@ def _runs(runs: tuple[Run, ...]) -> Html:
             fixed(run.number("loss"), 4),
             fixed(run.number("eval_bpb"), 4),
             seconds(run.number("wall_time_s")),
+            h("span", run.status, class_=f"tag {kind}".strip()),
         ])  # fmt: skip
     return table(head, rows, ids=[f"run-{i}" for i in range(len(runs))])
 

@@ -87,9 +87,11 @@ class Run:
         append_jsonl(self.metrics, row)
 
     def rewind(self, step: int) -> None:
-        """Forgets what was logged after the checkpoint of `step` was saved, so that the file becomes
-        an uninterrupted run's. What was observed at `step` is observed again: evaluation comes
-        after saving, so that a failure in it costs no trained step."""
+        """Forgets what was logged after the checkpoint of `step` was saved.
+
+        So the file becomes an uninterrupted run's. What was observed at `step` is observed again:
+        evaluation comes after saving, so that a failure in it costs no trained step.
+        """
         filter_jsonl(
             self.metrics,
             lambda row: row["step"] < step or (row["step"] == step and "train/loss" in row),
