@@ -52,7 +52,7 @@ def get_sweep() -> Sweep:
             Rung(5.2e11, (XS, S, M, L)),
             Rung(9e11, (S, M, L, XL)),
         ),
-        holdout_flops=3.6e12,
+        holdout_flops=3.7e12,
         holdout_shapes=(L, XL, Shape(80, 3), Shape(96, 3)),
         estimator="approach3",
         sample_prompts=("def ", "import ", "The "),

@@ -27,9 +27,9 @@ def _quiet(line: str) -> None:
 def _workdir(url: str | Path) -> Iterator[tuple[Path, Mirror]]:
     """The local folder of a workdir (a URL is worked on in a copy), locked by this process."""
     mirror = Mirror(url)
-    mirror.pull()
     mirror.local.mkdir(parents=True, exist_ok=True)
-    with lock(mirror.local):
+    with lock(mirror.local):  # before pulling: another process may be at work in the copy
+        mirror.pull()
         yield mirror.local, mirror
 
 
@@ -53,9 +53,7 @@ def train(
     validate(config)
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
-        mirror = Mirror(workdir)
-        mirror.pull()
-        folder = mirror.local
+        folder, mirror = held.enter_context(_workdir(workdir))
         data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
         shards.build(config.data, config.model.vocab_size, data_dir, data_progress)
         if stop:
