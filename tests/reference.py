@@ -260,7 +260,7 @@ class AdamW:
         o, shape = self.config.optimizer, self.config.model
         params, grads = flat(to_float64(params)), flat(to_float64(grads))
         length = np.sqrt(sum((g**2).sum() for g in grads.values()))
-        clip = min(1.0, o.grad_clip / length) if o.grad_clip else 1.0
+        clip = o.grad_clip / length if 0 < o.grad_clip < length else 1.0
         rate = o.learning_rate * factor(o, self.config.train.steps, self.step)
         self.step += 1
         new = {}
