@@ -516,7 +516,7 @@ def test_damaged_metrics_and_diverged_runs_are_said(copied: Path) -> None:
     changed(copied / "runs" / second, "record", status="diverged", loss=None, eval_bpb=None)
     page = words(copied)
     assert "metrics.jsonl:1: damaged" in page.text
-    assert f"{second[:1].upper()}{second[1:]} diverged" in page.text
+    assert f"1 diverged: {second}" in page.text
     row = page.table("Run")[1]
     assert (row["Status"], row["Loss"]) == ("diverged", "–")
 

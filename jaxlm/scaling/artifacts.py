@@ -121,9 +121,9 @@ def read_run(run_dir: str | Path, name: str = "", role: str = "", budget: Any = 
     rows = read_rows(folder / "metrics.jsonl", notices)
     events = read_rows(folder / "events.jsonl", notices)
     shards = str(part(config.get("data")).get("dir") or "")
-    # Its own, the one it was told to use, or that of the sweep around it.
-    places = [folder / "data", *([Path(shards)] if shards else []), folder / "../../data"]
-    place = next((p for p in places if (p / "manifest.json").is_file()), places[0])
+    # Its own copy, or that of the shards: its own, those it was told to use, the sweep's around it.
+    folders = [folder / "data", *([Path(shards)] if shards else []), folder / "../../data"]
+    manifests = [folder / "data_manifest.json", *(p / "manifest.json" for p in folders)]
     return Run(
         name=str(name or record.get("name") or config.get("name") or folder.name),
         dir=folder,
@@ -133,7 +133,7 @@ def read_run(run_dir: str | Path, name: str = "", role: str = "", budget: Any = 
         record=record,
         rows=rows,
         started=next((t for e in events if (t := number(e.get("time")))), None),
-        manifest=read_json(place / "manifest.json", notices),
+        manifest=read_json(next((p for p in manifests if p.is_file()), manifests[0]), notices),
         notices=tuple(f"{folder.name}/{n}" for n in notices),
     )
 

@@ -141,12 +141,12 @@ svg .pt:hover use,svg .pt:focus use{stroke:var(--ink)!important;stroke-width:2px
 svg .pt:hover path:not(.hit),svg .pt:focus path:not(.hit){stroke-width:2.6px!important}
 svg:has(.pt:hover) .pt:not(:hover){opacity:.45}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
-table{border-collapse:collapse;width:100%;font-size:.87rem}
-th,td{padding:6px 11px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;width:100%;font-size:.85rem}
+th,td{padding:6px 9px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
 tbody tr:last-child td{border-bottom:0}
 th{color:var(--muted);font-weight:600}
 td:first-child,th:first-child{position:sticky;left:0;background:var(--card)}
-td.wide{white-space:normal;min-width:260px}
+td:last-child{white-space:normal;min-width:9ch}
 .n{text-align:right;font-variant-numeric:tabular-nums}
 tr:target td,tr:focus td{background:var(--warn-bg)}
 .tag{display:inline-block;padding:0 8px;border-radius:9px;font-size:.8rem;background:var(--wait-bg);

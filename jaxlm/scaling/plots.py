@@ -17,6 +17,7 @@ from jaxlm.scaling.artifacts import Json, Run, dicts, number, numbers, part
 from jaxlm.scaling.figure import (
     EDGE,
     INK,
+    MUTED,
     Plot,
     Tip,
     key,
@@ -78,7 +79,9 @@ def loss_curves(runs: Sequence[Run]) -> Plot | None:
     if not drawn:
         return None
     sizes = {i: run.number("params_effective") or 0.0 for i, run, _, _ in drawn}
-    colors = points.levels(sizes.values())
+    colors = points.levels(n for n in sizes.values() if n) | (
+        {0.0: MUTED} if 0.0 in sizes.values() else {}
+    )
     plot = new_plot(
         "loss_curves",
         "Training loss of every member",

@@ -122,7 +122,7 @@ def bet_problems(sweep: SweepFolder) -> list[str]:
 
 def facts(sweep: SweepFolder) -> list[tuple[str, str | None, str]]:
     rows: list[tuple[str, str | None, str]] = []
-    for approach in approaches(sweep.fit):
+    for approach in approaches(sweep.fit) if sweep.fit else []:
         ci95 = approach.ci95("a")
         inside = f"95 %: {fixed(ci95[0], 2)} … {fixed(ci95[1], 2)}" if ci95 else "no interval"
         value = fixed(approach.value("a"), 2) if not approach.refused else "–"
@@ -180,14 +180,19 @@ def warnings(sweep: SweepFolder) -> list[str]:
         lines.append(re.sub(r"\bapproach([123])\b", r"approach \1", str(said)))
     for approach in approaches(sweep.fit) if sweep.fit else []:
         if approach.refused:
-            lines.append(f"{approach.short} refused: {approach.refused}")
+            lines.append(f"{approach.short.capitalize()} refused: {approach.refused}")
         for flops, reason in approach.refused_minima:
-            lines.append(f"{approach.short}, C = {power(flops) or '?'}: refused: {reason}")
+            lines.append(
+                f"{approach.short.capitalize()}, C = {power(flops) or '?'}: refused: {reason}"
+            )
     for row in dicts(sweep.fit.get("dropped")):
         if not str(row.get("reason")).startswith("held out"):
             lines.append(f"{row.get('name')} dropped from the fit: {row.get('reason')}")
-    lines += [f"{run.name} {run.status}" for run in sweep.runs if run.status in UNFIT]
-    return [line[:1].upper() + line[1:] for line in dict.fromkeys(lines)]
+    for status in UNFIT:
+        names = [run.name for run in sweep.runs if run.status == status]
+        if names:
+            lines.append(f"{len(names)} {status}: {', '.join(names)}")
+    return list(dict.fromkeys(lines))
 
 
 def methods(sweep: SweepFolder) -> list[str]:
