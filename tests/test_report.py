@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jaxlm.scaling import laws, runs
+from jaxlm.scaling import formats, laws, runs
 from jaxlm.scaling.artifacts import read_sweep
 from jaxlm.scaling.report import plot_fit, sweep_page, write_run_report, write_sweep_report
 from jaxlm.scaling.report_text import noise_floor
@@ -598,3 +598,27 @@ def test_browser_shows_the_page_and_runs_nothing(hostile: Path, tmp_path: Path) 
     assert pixels.shape == (1400, 1200, 3)
     assert tuple(pixels[3, 3]) == (1, 4, 9), "the page is not dark"
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize(
+    "shown, expected",
+    [
+        (formats.count(18_300), "18.3k"),
+        (formats.count(999_700), "1M"),
+        (formats.count(64), "64"),
+        (formats.power(3e11), "3×10¹¹"),
+        (formats.power(5.2e-12), "5.2×10⁻¹²"),
+        (formats.power(1e18), "10¹⁸"),
+        (formats.general(81_300, 3), "8.13×10⁴"),
+        (formats.general(-0.5712, 3), "−0.571"),
+        (formats.percent(-0.0064, 2), "−0.64 %"),
+        (formats.seconds(5.6 * 60), "5.6 min"),
+        (formats.size(12e9), "12GB"),
+        (formats.count(None), None),
+    ],
+)
+def test_numbers_are_written_for_people(shown: str | None, expected: str | None) -> None:
+    assert shown == expected

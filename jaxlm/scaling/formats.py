@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 # Control characters are spelt out, as neither XML nor HTML can carry them.
 CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
@@ -52,12 +50,11 @@ def fixed(value: float | None, digits: int = 3) -> str | None:
 
 
 def general(value: float | None, digits: int = 4) -> str | None:
-    """Four significant digits; powers of ten outside 0.001 … 100,000."""
+    """So many significant digits; a power of ten where plain digits would be more or fewer."""
     if value is None:
         return None
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return power(value, digits)
-    return f"{value:.{digits}g}".replace("-", "−")
+    shown = f"{value:.{digits}g}"
+    return power(value, digits) if "e" in shown else shown.replace("-", "−")
 
 
 def percent(share: float | None, digits: int = 1) -> str | None:
@@ -81,8 +78,3 @@ def seconds(value: float | None) -> str | None:
 def size(number_of_bytes: float | None) -> str | None:
     """Bytes in powers of 1000."""
     return None if number_of_bytes is None else f"{count(number_of_bytes)}B".replace("BB", "GB")
-
-
-def decade_label(value: float, _: object = None) -> str:
-    """Tick label of a logarithmic FLOP axis."""
-    return power(value, 1 if math.log10(value) % 1 < 1e-9 else 2) or ""
