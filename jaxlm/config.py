@@ -6,13 +6,17 @@ knows nothing of jax or of devices.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import types
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +42,7 @@ class ModelConfig:
     positions: Literal["rope", "learned", "none"] = doc("rope", "how positions enter")
     rope_theta: float = doc(10_000.0, "base of the rotary frequencies")
     activation: Literal["gelu", "swiglu"] = doc("gelu", "feed-forward non-linearity")
-    qk_norm: bool = doc(False, "RMSNorm on queries and keys, per head")
+    qk_norm: bool = doc(False, "normalise queries and keys too, per head, as `norm` says")
     bias: bool = doc(False, "biases in linear layers (and in LayerNorm)")
     tie_embeddings: bool = doc(True, "the unembedding is the embedding's transpose")
     parametrization: Literal["standard", "mup"] = doc(
@@ -196,80 +200,88 @@ class Sweep:
     )
 
 
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        "model.d_model model.n_layers model.n_heads model.n_kv_heads model.d_head model.d_ff"
+        " model.seq_len model.base_d_model data.eval_sequences train.steps train.global_batch_size"
+        " train.accumulation_steps train.steps_per_dispatch train.keep_checkpoints train.log_every",
+    ),
+    ("at least 2", lambda x: x >= 2, "model.vocab_size"),
+    (
+        "at least 0",
+        lambda x: x >= 0,
+        "optimizer.eps optimizer.weight_decay optimizer.grad_clip train.z_loss train.eval_every"
+        " train.checkpoint_every train.sample_tokens",
+    ),
+    ("above 0", lambda x: x > 0, "model.rope_theta data.max_epochs optimizer.learning_rate"),
+    ("above 0 and below 1", lambda x: 0 < x < 1, "data.eval_fraction"),
+    (
+        "at least 0 and below 1",
+        lambda x: 0 <= x < 1,
+        "optimizer.b1 optimizer.b2 optimizer.muon_momentum",
+    ),
+    (
+        "between 0 and 1",
+        lambda x: 0 <= x <= 1,
+        "optimizer.warmup_fraction optimizer.decay_fraction optimizer.final_fraction",
+    ),
+)
+
+
 def validate(config: Config, where: str = "config") -> Config:
     """`config`, its types checked and its numbers in range. Raises UserError, one line."""
     config = checked(config, where)
-    m, d, o, t = config.model, config.data, config.optimizer, config.train
+    m, o, t = config.model, config.optimizer, config.train
 
     def need(ok: bool, name: str, value: Any, expected: str) -> None:
         if not ok:
             raise UserError(f"{where}.{name}: expected {expected}, got {value!r}")
 
-    for name in ("d_model", "n_layers", "n_heads", "kv_heads", "head_dim", "ff_dim", "seq_len"):
-        need(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
-    need(m.vocab_size >= 2, "model.vocab_size", m.vocab_size, "at least 2")
+    def divides(name: str, value: int, whole: str, n: int) -> None:
+        near = _nearest_divisor(n, value)
+        need(near == value, name, value, f"a divisor of {whole}={n} (nearest: {near})")
+
+    for expected, ok, names in _RANGES:
+        for name in names.split():
+            group, _, field = name.partition(".")
+            value = getattr(getattr(config, group), field)
+            need(value is None or ok(value), name, value, expected)
     if m.d_head is None:
-        heads = [h for h in range(1, m.d_model + 1) if m.d_model % h == 0]
-        near = min(heads, key=lambda h: abs(h - m.n_heads))
-        need(
-            m.d_model % m.n_heads == 0,
-            "model.n_heads",
-            m.n_heads,
-            f"a divisor of d_model={m.d_model} (nearest: {near}), or set d_head",
-        )
-    need(
-        m.n_heads % m.kv_heads == 0,
-        "model.n_kv_heads",
-        m.n_kv_heads,
-        f"a divisor of n_heads={m.n_heads}",
-    )
+        divides("model.n_heads (d_head is not set)", m.n_heads, "d_model", m.d_model)
+    divides("model.n_kv_heads", m.kv_heads, "n_heads", m.n_heads)
     need(
         m.positions != "rope" or m.head_dim % 2 == 0,
         "model.d_head",
         m.head_dim,
         f"an even width for rotary positions (nearest: {m.head_dim + 1})",
     )
-    need(len(d.sources) > 0, "data.sources", d.sources, "at least one source")
-    need(0 < d.eval_fraction < 1, "data.eval_fraction", d.eval_fraction, "between 0 and 1")
-    need(d.eval_sequences >= 1, "data.eval_sequences", d.eval_sequences, "at least 1")
-    need(d.max_epochs > 0, "data.max_epochs", d.max_epochs, "above 0")
-    need(o.learning_rate > 0, "optimizer.learning_rate", o.learning_rate, "above 0")
-    for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
-        need(0 <= getattr(o, name) <= 1, f"optimizer.{name}", getattr(o, name), "between 0 and 1")
+    need(len(config.data.sources) > 0, "data.sources", (), "at least one source")
     need(
         o.schedule != "wsd" or o.warmup_fraction + o.decay_fraction <= 1 + 1e-9,
         "optimizer.decay_fraction",
         o.decay_fraction,
         f"at most 1 - warmup_fraction = {1 - o.warmup_fraction:g}",
     )
-    for name in ("steps", "global_batch_size", "accumulation_steps", "steps_per_dispatch"):
-        need(getattr(t, name) >= 1, f"train.{name}", getattr(t, name), "at least 1")
-    need(t.keep_checkpoints >= 1, "train.keep_checkpoints", t.keep_checkpoints, "at least 1")
-    need(t.log_every >= 1, "train.log_every", t.log_every, "at least 1")
-    need(
-        t.global_batch_size % t.accumulation_steps == 0,
-        "train.accumulation_steps",
-        t.accumulation_steps,
-        f"a divisor of global_batch_size={t.global_batch_size}",
-    )
+    whole = t.global_batch_size
+    divides("train.accumulation_steps", t.accumulation_steps, "global_batch_size", whole)
     k = t.steps_per_dispatch
     for name in ("eval_every", "checkpoint_every"):
         n = getattr(t, name)
-        need(
-            n >= 0 and n % k == 0,
-            f"train.{name}",
-            n,
-            f"a multiple of steps_per_dispatch={k} (nearest: {max(k, round(n / k) * k)})",
-        )
+        near = max(k, round(n / k) * k)
+        expected = f"a multiple of steps_per_dispatch={k} (nearest: {near})"
+        need(n % k == 0, f"train.{name}", n, expected)
     need(_profile_ok(t.profile), "train.profile", t.profile, "'START:STOP' with START < STOP")
     for name in t.track:
-        need(
-            name in ("tensorboard", "wandb", "trackio"),
-            "train.track",
-            name,
-            "tensorboard, wandb or trackio",
-        )
+        known = ("tensorboard", "wandb", "trackio")
+        need(name in known, "train.track", name, ", ".join(known))
     return config
+
+
+def _nearest_divisor(n: int, value: int) -> int:
+    near = (d for step in range(value) for d in (value - step, value + step) if n % d == 0)
+    return next(near)
 
 
 def _profile_ok(text: str) -> bool:
@@ -310,35 +322,43 @@ def _load_file(path: Path, where: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _told_by_line(path, where):
+            spec.loader.exec_module(module)
     except JaxlmError:
         del sys.modules[name]
         raise
-    except Exception as e:
-        del sys.modules[name]
-        line = e.lineno if isinstance(e, SyntaxError) else _line_in(path, e)
-        raise UserError(f"{where}: {path}:{line}: {type(e).__name__}: {e}") from e
     return module
 
 
-def _line_in(path: Path, error: BaseException) -> int | None:
-    line, trace = None, error.__traceback__
-    while trace:
-        if Path(trace.tb_frame.f_code.co_filename) == path:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+@contextlib.contextmanager
+def _told_by_line(path: Path, where: str) -> Iterator[None]:
+    """An error in the file is told as path:line, a misspelt field with its nearest."""
+    try:
+        yield
+    except JaxlmError:
+        raise
+    except Exception as e:
+        line, trace = getattr(e, "lineno", None), e.__traceback__
+        while trace:
+            if Path(trace.tb_frame.f_code.co_filename) == path.absolute():
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        text = str(e).partition("\n")[0]
+        misspelt = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+        if misspelt and dataclasses.is_dataclass(cls := globals().get(misspelt[1])):
+            names = [f.name for f in dataclasses.fields(cls)]
+            text = f"{misspelt[1]} has no field {misspelt[2]!r}; {hint(misspelt[2], names)}"
+        raise UserError(f"{where}: {path}:{line}: {type(e).__name__}: {text}") from e
 
 
 def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config | Sweep:
     """The Config or Sweep of an experiment file, with `(dotted field, text)` overrides applied."""
     module = _load_file(Path(path), "--config")
-    if hasattr(module, "get_sweep"):
-        experiment = module.get_sweep()
-    elif hasattr(module, "get_config"):
-        experiment = module.get_config()
-    else:
+    make = getattr(module, "get_sweep", None) or getattr(module, "get_config", None)
+    if make is None:
         raise UserError(f"--config: {path} defines neither get_config() nor get_sweep()")
+    with _told_by_line(Path(path), "--config"):
+        experiment = make()
     if not isinstance(experiment, (Config, Sweep)):
         raise UserError(f"--config: {path} returned {type(experiment).__name__}, not a Config")
     for dotted, text in overrides:

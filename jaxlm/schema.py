@@ -111,11 +111,18 @@ def checked(config: C, where: str) -> C:
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "config") -> C:
-    """A config from plain JSON values; unknown fields and wrong types are refused by name."""
+    """A config from plain JSON values; unknown and missing fields and wrong types are refused by
+    name."""
     fields = _fields(cls)
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected the fields of {cls.__name__}, got {values!r}")
     for name in values:
         if name not in fields:
             raise UserError(f"{where}.{name}: no such field; {hint(name, fields)}")
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        no_default = f.default is f.default_factory is dataclasses.MISSING
+        if no_default and f.name not in values:
+            raise UserError(f"{where}.{f.name}: missing")
     return cls(**{k: check(v, fields[k], f"{where}.{k}") for k, v in values.items()})
 
 
