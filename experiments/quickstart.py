@@ -15,8 +15,10 @@ from jaxlm.config import (
     TrainConfig,
 )
 
-# d_model, n_layers; heads are 8 wide throughout, so that sizes differ in nothing else.
-XS, S, M, L, XL = Shape(24, 2), Shape(32, 2), Shape(48, 2), Shape(64, 2), Shape(64, 3)
+
+def sizes(*widths: int) -> tuple[Shape, ...]:
+    """Two layers and heads 8 wide throughout, so that sizes differ in width alone."""
+    return tuple(Shape(d_model=width, n_layers=2) for width in widths)
 
 
 def get_sweep() -> Sweep:
@@ -46,14 +48,14 @@ def get_sweep() -> Sweep:
     return Sweep(
         name="quickstart",
         base=base,
+        # From 3e11 FLOPs on loss follows a power law here; the sizes keep ≥ 1000 steps each.
         rungs=(
-            Rung(1.7e11, (XS, S, M)),
-            Rung(3e11, (XS, S, M, L), replicates=3),
-            Rung(5.2e11, (XS, S, M, L)),
-            Rung(9e11, (S, M, L, XL)),
+            Rung(3.5e11, sizes(24, 32, 40, 48), replicates=3),
+            Rung(7e11, sizes(32, 40, 48, 64)),
+            Rung(1.4e12, sizes(40, 48, 64, 80)),
         ),
-        holdout_flops=3.7e12,
-        holdout_shapes=(L, XL, Shape(80, 3), Shape(96, 3)),
+        holdout_flops=5.7e12,
+        holdout_shapes=sizes(64, 72, 80, 88, 96, 104),
         estimator="approach3",
         sample_prompts=("def ", "import ", "The "),
     )
