@@ -123,8 +123,8 @@ def sweep(
     stop: Any = None,
 ) -> Path:
     """Run a whole sweep, from wherever it is, to its report; returns the report's path."""
+    from jaxlm.report.sweep_report import write_sweep_report
     from jaxlm.scaling import sweep as stages
-    from jaxlm.scaling.report import write_sweep_report
 
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
@@ -231,14 +231,15 @@ def fit(source: str | Path, **options: Any) -> dict[str, Any]:
 
 def plot_fit(found: dict[str, Any], out: str | Path) -> list[Path]:
     """PNG plots of what `fit` found."""
-    from jaxlm.scaling import plots
+    from jaxlm.report import plots
 
     return plots.plot_fit(found, out)
 
 
 def report(workdir: str | Path) -> Path:
     """(Re)write the page of a sweep or of a single run from its files."""
-    from jaxlm.scaling.report import write_run_report, write_sweep_report
+    from jaxlm.report.run_report import write_run_report
+    from jaxlm.report.sweep_report import write_sweep_report
 
     folder = Path(workdir)
     if (folder / "sweep.json").exists():

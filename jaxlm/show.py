@@ -137,10 +137,10 @@ class Lines:
         self.console.print(table)
 
     def fit(self, found: dict[str, Any]) -> None:
-        from jaxlm.scaling import laws
+        from jaxlm.report import law_table
 
         self._clear()
-        self.console.print(laws.table(found))
+        self.console.print(law_table.table(found))
 
 
 def _clock(seconds: float) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
+from jaxlm.report import law_table
 from jaxlm.scaling import laws, runs
 from jaxlm.schema import UserError
 
@@ -337,7 +338,7 @@ def test_the_table_shows_what_was_found_and_what_was_refused() -> None:
     points = dataclasses.replace(points, name=tuple(f"[run {i}]" for i in range(len(points))))
     fits = laws.fit(points, drop_largest_loss=1, bootstrap=20, for_compute=HELD_OUT)
     text = io.StringIO()
-    Console(file=text, width=160).print(laws.table(fits))
+    Console(file=text, width=160).print(law_table.table(fits))
     for part in (
         "14 runs", "refused: no training curves given", f"{fits['approach2']['a']:.3f}", "alpha",
         "IsoFLOP minima", "3.6×10¹²", f"{fits['for_compute']['approach3']['loss']:.4f}",

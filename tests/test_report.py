@@ -15,10 +15,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jaxlm.scaling import formats, laws, runs
-from jaxlm.scaling.artifacts import read_sweep
-from jaxlm.scaling.report import plot_fit, sweep_page, write_run_report, write_sweep_report
-from jaxlm.scaling.report_text import noise_floor
+from jaxlm.report import formats
+from jaxlm.report.artifacts import read_sweep
+from jaxlm.report.plots import plot_fit
+from jaxlm.report.run_report import write_run_report
+from jaxlm.report.sweep_report import sweep_page, write_sweep_report
+from jaxlm.report.sweep_text import noise_floor
+from jaxlm.scaling import laws, runs
 from jaxlm.schema import UserError
 
 # ------------------------------------------------- a sweep's folder, as one would find it on disk

@@ -1,7 +1,7 @@
 """Scaling laws: three fits side by side, their intervals, and predictions from them.
 
 `fit` gives one JSON-able dict (format jaxlm.fit/1), `predict` reads a loss at a compute budget off
-it, `table` shows it in a terminal. An approach that the data cannot carry is {"refused": reason}.
+it. An approach that the data cannot carry is {"refused": reason}.
 
 An interval `ci95` of a fit is of the law; that of a prediction is of the loss that one run will
 measure, so that it also holds the run's own noise and what the error of the predicted size costs.
@@ -16,11 +16,10 @@ import numpy as np
 
 from jaxlm.scaling import approach1, approach2, approach3, frontier
 from jaxlm.scaling.frontier import Refusal
-from jaxlm.scaling.law_table import table
 from jaxlm.scaling.runs import Curve, Points
 from jaxlm.schema import UserError, hint
 
-__all__ = ["fit", "predict", "table"]
+__all__ = ["fit", "predict"]
 
 Estimator = Literal["approach1", "approach2", "approach3"]
 ESTIMATORS = ("approach1", "approach2", "approach3")

@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from jaxlm.files import write_bytes
-from jaxlm.scaling.formats import clean
+from jaxlm.report.formats import clean
 
 # Name → (light, dark). Hues after Okabe & Ito (2008), which stay apart for the colour-blind;
 # the ramps are viridis without its end that vanishes against the page.

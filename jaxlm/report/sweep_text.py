@@ -7,9 +7,9 @@ import re
 from collections import Counter
 from datetime import UTC, datetime
 
-from jaxlm.scaling.artifacts import Json, SweepFolder, dicts, number, numbers, part
-from jaxlm.scaling.fitted import approaches
-from jaxlm.scaling.formats import count, fixed, percent, power, seconds
+from jaxlm.report.artifacts import Json, SweepFolder, dicts, number, numbers, part
+from jaxlm.report.fitted import approaches
+from jaxlm.report.formats import count, fixed, percent, power, seconds
 
 PLOTS = "Point at a mark to read its run; follow it to the run's row in the table."
 

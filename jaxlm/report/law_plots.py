@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from jaxlm.report.artifacts import Json, number, numbers, part
+from jaxlm.report.figure import INK, MUTED, PALETTE, Plot, Tip, key, logarithmic, new_plot
+from jaxlm.report.fitted import Approach, Curve, approaches, fitted_range
+from jaxlm.report.formats import count, fixed, percent, power
+from jaxlm.report.points import Point, flop_axis, mark, role_keys
 from jaxlm.scaling import approach3
-from jaxlm.scaling.artifacts import Json, number, numbers, part
-from jaxlm.scaling.figure import INK, MUTED, PALETTE, Plot, Tip, key, logarithmic, new_plot
-from jaxlm.scaling.fitted import Approach, Curve, approaches, fitted_range
-from jaxlm.scaling.formats import count, fixed, percent, power
-from jaxlm.scaling.points import Point, flop_axis, mark, role_keys
 
 COLORS = {name: PALETTE[name][0] for name in ("approach1", "approach2", "approach3")}
 DASHES = {"approach1": (0, (5, 2)), "approach2": "-", "approach3": (0, (1, 1.2))}

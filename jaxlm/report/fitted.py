@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.report.artifacts import Json, dicts, number, numbers, part
 from jaxlm.scaling import laws
-from jaxlm.scaling.artifacts import Json, dicts, number, numbers, part
 
 LABELS = {
     "approach1": "1 · envelope of curves",

@@ -10,8 +10,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from jaxlm.scaling.figure import theme_css
-from jaxlm.scaling.formats import clean
+from jaxlm.report.figure import theme_css
+from jaxlm.report.formats import clean
 
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "

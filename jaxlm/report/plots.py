@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from jaxlm.scaling import points
-from jaxlm.scaling.artifacts import Json, Run, dicts, number, numbers, part
-from jaxlm.scaling.figure import (
+from jaxlm.report import points
+from jaxlm.report.artifacts import Json, Run, dicts, number, numbers, part
+from jaxlm.report.figure import (
     EDGE,
     INK,
     MUTED,
@@ -26,11 +26,11 @@ from jaxlm.scaling.figure import (
     save_png,
     styled,
 )  # fmt: skip
-from jaxlm.scaling.fitted import Approach, curves
-from jaxlm.scaling.formats import count, fixed, power, short
-from jaxlm.scaling.law_plots import optima, optimal_loss, residuals
-from jaxlm.scaling.points import Point
-from jaxlm.scaling.run_plots import binned
+from jaxlm.report.fitted import Approach, curves
+from jaxlm.report.formats import count, fixed, power, short
+from jaxlm.report.law_plots import optima, optimal_loss, residuals
+from jaxlm.report.points import Point
+from jaxlm.report.run_plots import binned
 
 MINIMUM = {"marker": "v", "markersize": 8, "color": INK, "markeredgecolor": EDGE,
            "linestyle": "", "zorder": 5}  # fmt: skip

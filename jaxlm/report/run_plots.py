@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from jaxlm.scaling.artifacts import Json, Run, dicts, number, part
-from jaxlm.scaling.figure import (
+from jaxlm.report.artifacts import Json, Run, dicts, number, part
+from jaxlm.report.figure import (
     MUTED,
     PALETTE,
     RAMP,
@@ -19,7 +19,7 @@ from jaxlm.scaling.figure import (
     new_plot,
     styled,
 )  # fmt: skip
-from jaxlm.scaling.formats import count, fixed, percent, short, token
+from jaxlm.report.formats import count, fixed, percent, short, token
 
 MAX_PROBES = 6  # prompts with a plot of their own
 MAX_TOKENS = 6  # lines in one of them

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlm.scaling.formats import count, general, interval, percent, power
+from jaxlm.report.formats import count, general, interval, percent, power
 
 _TITLES = {
     "approach1": "1 envelope of curves",

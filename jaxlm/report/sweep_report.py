@@ -11,14 +11,14 @@ import io
 from pathlib import Path
 
 from jaxlm.files import write_bytes
-from jaxlm.scaling import report_text as words
-from jaxlm.scaling.artifacts import Run, SweepFolder, dicts, number, part, read_sweep
-from jaxlm.scaling.figure import Plot, save_png
-from jaxlm.scaling.fitted import Approach, approaches
-from jaxlm.scaling.formats import clean, count, fixed, general, interval, percent, power, seconds
-from jaxlm.scaling.page import Child, Html, document, h, join, section, table
-from jaxlm.scaling.plots import plot_fit, sweep_plots
-from jaxlm.scaling.run_report import (
+from jaxlm.report import sweep_text as words
+from jaxlm.report.artifacts import Run, SweepFolder, dicts, number, part, read_sweep
+from jaxlm.report.figure import Plot, save_png
+from jaxlm.report.fitted import Approach, approaches
+from jaxlm.report.formats import clean, count, fixed, general, interval, percent, power, seconds
+from jaxlm.report.page import Child, Html, document, h, join, section, table
+from jaxlm.report.plots import sweep_plots
+from jaxlm.report.run_report import (
     data_section,
     facts,
     figure,
@@ -26,10 +26,7 @@ from jaxlm.scaling.run_report import (
     notices,
     raw,
     sample,
-    write_run_report,
 )  # fmt: skip
-
-__all__ = ["plot_fit", "write_run_report", "write_sweep_report"]
 
 
 def write_sweep_report(sweep_dir: str | Path) -> Path:

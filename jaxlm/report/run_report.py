@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from jaxlm.files import write_bytes
-from jaxlm.scaling import formats, run_plots
-from jaxlm.scaling.artifacts import Json, Run, dicts, number, part, read_run
-from jaxlm.scaling.figure import Plot, inline_svg, save_png
-from jaxlm.scaling.formats import count, fixed, percent, power, seconds
-from jaxlm.scaling.page import Child, Html, document, h, join, listing, section, table
+from jaxlm.report import formats, run_plots
+from jaxlm.report.artifacts import Json, Run, dicts, number, part, read_run
+from jaxlm.report.figure import Plot, inline_svg, save_png
+from jaxlm.report.formats import count, fixed, percent, power, seconds
+from jaxlm.report.page import Child, Html, document, h, join, listing, section, table
 from jaxlm.schema import UserError
 
 

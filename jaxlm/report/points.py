@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from jaxlm.scaling.artifacts import Json, Run, dicts, number, numbers, part
-from jaxlm.scaling.figure import EDGE, MUTED, RAMP, Tip, key, logarithmic
-from jaxlm.scaling.formats import count, fixed, power
+from jaxlm.report.artifacts import Json, Run, dicts, number, numbers, part
+from jaxlm.report.figure import EDGE, MUTED, RAMP, Tip, key, logarithmic
+from jaxlm.report.formats import count, fixed, power
 
 ROLES = {"fit": "o", "replicate": "o", "holdout": "*"}
 
