@@ -402,15 +402,23 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 
+def identity(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a config's plain values (`to_dict`), those that decide what is computed."""
+    return {
+        name: {k: v for k, v in value.items() if k not in _NOT_IDENTITY.get(name, ())}
+        if isinstance(value, dict)
+        else value
+        for name, value in values.items()
+        if name not in _NOT_IDENTITY[""]
+    }
+
+
 def fingerprint(config: Config) -> str:
     """16 hex digits that two configs share exactly when they describe the same computation.
 
     The text of every file that the config refers to is part of it.
     """
-    values = to_dict(config)
-    for group, names in _NOT_IDENTITY.items():
-        for name in names:
-            (values[group] if group else values).pop(name)
+    values = identity(to_dict(config))
     for where, reference in references(config).items():
         target = reference.rpartition(":")[0]
         if target.endswith(".py") and Path(target).is_file():

@@ -34,6 +34,10 @@ Arrays = dict[str, Any]  # "params/embed/table" → array
 FORMAT = "jaxlm.checkpoint/1"
 
 
+class NotFinite(JaxlmError):
+    """A state that holds NaN or infinity, which is never saved."""
+
+
 class Damaged(Exception):
     """Why a checkpoint does not verify."""
 
@@ -63,8 +67,8 @@ class Checkpoints:
         """Saves `state` and `meta` (JSON: data position, fingerprints, …) as `step`.
 
         A step that is committed already is left as it is. Waits for a save under way. Raises
-        JaxlmError where the state is not finite, the disk full or the write fails (of the previous
-        save too): earlier steps are intact, and the next save may succeed.
+        NotFinite where the state is not, JaxlmError where the disk is full or the write fails (of
+        the previous save too): earlier steps are intact, and the next save may succeed.
         """
         self._finish(wait=True)
         if step in self.steps():
@@ -104,7 +108,7 @@ class Checkpoints:
         entries = describe(arrays)
         bad = [path for path, entry in entries.items() if not entry.pop("finite")]
         if bad:
-            raise JaxlmError(
+            raise NotFinite(
                 f"{self.folder}/{step}: not saved, since {_some(bad)} hold NaN or infinity"
             )
         part, final = self.folder / f"{step}.tmp", self.folder / str(step)

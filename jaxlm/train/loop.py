@@ -20,8 +20,9 @@ from jaxlm import mesh
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.model.scale import size
-from jaxlm.schema import JaxlmError, UserError
+from jaxlm.schema import JaxlmError
 from jaxlm.train import record
+from jaxlm.train.checkpoint import NotFinite
 from jaxlm.train.optimizer import hyper
 from jaxlm.train.run import Run
 from jaxlm.train.step import Program, State, abstract_state, program
@@ -38,7 +39,7 @@ class Stopped(JaxlmError):
 
 
 class Diverged(JaxlmError):
-    """The loss or the gradient became NaN or infinite."""
+    """The loss, the gradient or the parameters became NaN or infinite."""
 
 
 @dataclass
@@ -64,11 +65,6 @@ class _Member:
         }
 
     def resume(self, meta: dict[str, Any]) -> None:
-        if meta["data_fingerprint"] != self.run.data_fingerprint:
-            raise UserError(
-                f"{self.run.folder}: its checkpoint saw data {meta['data_fingerprint']}, the shards"
-                f" hold {self.run.data_fingerprint}; restore them or choose another --workdir"
-            )
         self.losses, self.train_loss = list(meta["losses"]), meta["train_loss"]
         self.evals, self.seconds = dict(meta["evals"]), meta["seconds"]
 
@@ -226,7 +222,10 @@ class _Loop:
         for i, member in enumerate(self.members):
             if i not in self.diverged:
                 state = self._of(i, self.state)
-                member.run.checkpoints.save(self.step, state, member.meta(self.step, seconds))
+                try:
+                    member.run.checkpoints.save(self.step, state, member.meta(self.step, seconds))
+                except NotFinite:  # the last update broke the parameters, its loss was still finite
+                    self._diverge(i, member, self.step)
 
     def _observe(self) -> None:
         for i, member in enumerate(self.members):
@@ -298,9 +297,8 @@ class _Loop:
             self._finish(i)
             kept = member.run.checkpoints.steps()
             good = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint yet"
-            raise Diverged(
-                f"{member.run.folder}: loss or gradient is not finite at step {step}; {good}"
-            )
+            what = "loss, gradient or parameters are not finite"
+            raise Diverged(f"{member.run.folder}: {what} at step {step}; {good}")
 
     def _finish(self, i: int) -> record.RunRecord:
         member = self.members[i]

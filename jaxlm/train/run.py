@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import Config, fingerprint, references
+from jaxlm.config import Config, fingerprint, identity, references
 from jaxlm.files import append_jsonl, filter_jsonl, read_json, write_json
 from jaxlm.schema import UserError, from_dict, to_dict
 from jaxlm.train import record
@@ -49,14 +49,20 @@ class Run:
         return found if found is not None and found.fingerprint == self.fingerprint else None
 
     def claim(self) -> None:
-        """Makes the folder this run's. Raises UserError if it is another's."""
+        """Makes the folder this run's. Raises UserError if it is another's, or saw other data."""
         path = self.folder / "config.json"
         if path.exists():
             found = read_json(path, "config")
             if found["fingerprint"] != self.fingerprint:
-                what = _difference(found["config"], to_dict(self.config))
+                mine = identity(to_dict(self.config))
+                what = _difference(identity(found["config"]), mine)
                 raise UserError(
                     f"--workdir: {self.folder} holds another run ({what}); choose another"
+                )
+            if found["data_fingerprint"] != self.data_fingerprint:
+                raise UserError(
+                    f"--workdir: {self.folder} saw data {found['data_fingerprint']}, the shards"
+                    f" hold {self.data_fingerprint}; restore them or choose another"
                 )
             return
         write_json(
@@ -119,6 +125,6 @@ def _difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> st
             inner = _difference(a, b, f"{where}{name}.")
             if inner:
                 return inner
-        elif a != b and name != "name":
+        elif a != b:
             return f"{where}{name} was {a!r}, is {b!r}"
     return "" if where else "its own code changed"
