@@ -36,7 +36,7 @@ def get_sweep() -> Sweep:
             scan_layers=False,
         ),
         data=DataConfig(sources=("stdlib",), licence="PSF-2.0", eval_sequences=1024),
-        optimizer=OptimizerConfig(learning_rate=1.2e-2, schedule="wsd", decay_fraction=0.3),
+        optimizer=OptimizerConfig(learning_rate=1.2e-2, schedule="linear"),
         train=TrainConfig(
             global_batch_size=4,
             steps_per_dispatch=50,
