@@ -2,6 +2,7 @@
 
 Command:  jaxlm train --config=experiments/gpt2_124m.py --workdir=runs/gpt2_124m \\
               --config.data.sources=my_text/ --config.data.licence=CC-BY-4.0
+Others:   gpt2("355m"), gpt2("774m"), gpt3("125m") … gpt3("175b") of model.presets.
 Recipe:   Brown et al. 2020, table 2.1, for this size; 300,000 steps of 0.5 M tokens on a pod.
 """
 

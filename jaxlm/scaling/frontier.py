@@ -10,8 +10,12 @@ budgets the weights stay nearly flat and E widens the interval as it should; wit
 on a value.
 
 The bound: on a log-log plot the slope s of the loss is c (1 - E/L*), so that E/L* = 1 - s/c.
-Published laws for language models have c = alpha beta / (alpha + beta) of 0.05 (Kaplan et
-al. 2020) to 0.18 (Besiroglu et al. 2024); E may be as large as c = `MAX_EXPONENT` makes it.
+Published laws for language models have c = alpha beta / (alpha + beta) of 0.05 (Kaplan et al. 2020)
+to 0.18 (Besiroglu et al. 2024); E may be as large as c = `MAX_EXPONENT` makes it.
+
+Coverage is nominal on average over the E that are thought possible. Measured with three budgets and
+a prediction at four times the largest: 95 % intervals of the best loss held the truth in 97-98 % of
+ladders planted with E/L* of 0.28 and 0.5, in 88 % at either end of the range (E = 0, E/L* = 0.67).
 """
 
 from __future__ import annotations

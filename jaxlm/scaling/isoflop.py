@@ -53,7 +53,8 @@ class Slice:
         dof = len(self.rows) - 3
         if dof < OWN_NOISE_DOF:
             return None
-        return Noise(float(np.sqrt(((self.loss / self.fitted - 1) ** 2).sum() / dof)), dof)
+        squares = float(((self.loss / self.fitted - 1) ** 2).sum())
+        return Noise(max(np.sqrt(squares / dof), 1e-6), dof)
 
     @property
     def refused(self) -> str | None:
