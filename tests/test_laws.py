@@ -268,6 +268,23 @@ def test_the_result_is_json_and_depends_on_nothing_but_its_arguments() -> None:
     assert other["approach2"] == fits["approach2"]  # approaches do not disturb each other
 
 
+@pytest.mark.filterwarnings("error")
+def test_any_table_gives_a_result_or_a_reason() -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        rows = int(rng.integers(1, 14))
+        n = rng.choice([1e4, 3e4, 1e5, 2e5], rows)
+        d = 20 * n if seed % 5 == 0 else 10 ** rng.uniform(3, 12, rows)
+        c = rng.choice([1e11, 3e11], rows) if seed % 3 == 0 else 6 * n * d
+        points = runs.Points(n, c / 6 / n, c, rng.uniform(1, 10, rows))
+        given = [runs.Curve(s, [0.3 * f, 0.6 * f, f], [9, 7, 6]) for s, f in zip(n, c, strict=True)]
+        fits = laws.fit(points, given, bootstrap=5, for_compute=1e14)
+        json.dumps(fits, allow_nan=False)
+        for name in laws.ESTIMATORS:
+            assert "a" in fits[name] or fits[name]["refused"]
+            assert "loss" in fits["for_compute"][name] or fits["for_compute"][name]["refused"]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"approaches": (4,)}, {"drop_largest_loss": 15}, {"huber_delta": 0.0}, {"bootstrap": -1},

@@ -173,12 +173,15 @@ def _frontier(
             continue
         peers = _peers(log_flops[at], np.isfinite(table[:, at]), tracks)
         sizes = np.unique(params[peers])
-        if sizes[0] < params[run] < sizes[-1]:
-            chosen.append(_Place(at, run, peers))
-        else:
+        if len(sizes) < 3:
+            reason = f"runs of {len(sizes)} sizes reach it"
+        elif params[run] in (sizes[0], sizes[-1]):
             side = "smallest" if params[run] == sizes[0] else "largest"
             reason = f"the best run is the {side} of {len(sizes)} sizes there"
-            refused.append({"flops": float(np.exp(log_flops[at])), "reason": reason})
+        else:
+            chosen.append(_Place(at, run, peers))
+            continue
+        refused.append({"flops": float(np.exp(log_flops[at])), "reason": reason})
     return sorted(chosen, key=lambda place: place.at), refused
 
 
@@ -238,5 +241,5 @@ def _vertex(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     with np.errstate(divide="ignore", invalid="ignore"):
         move = np.where(bend > 0, -slope / (2 * bend), 0.0)
     move = np.clip(move, left, right)
-    low = y[r, i] + slope * move + bend * move**2
+    low = np.maximum(y[r, i] + slope * move + bend * move**2, 0.1 * y[r, i])
     return x[i] + move, low, bend / low

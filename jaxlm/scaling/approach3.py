@@ -27,7 +27,7 @@ from jaxlm.scaling.frontier import Refusal
 from jaxlm.scaling.runs import Points
 
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
-MAX_POWER = 2.0  # bound of alpha and beta
+MIN_POWER, MAX_POWER = 0.01, 2.0  # bounds of alpha and beta
 _POWERS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.1, 1.5)
 _OTHER_STARTS = ((0.15, 0.15), (0.2, 0.8), (0.8, 0.2))
 # From so many runs on, the starts of a resample agree and only the best goes on after a few steps.
@@ -66,6 +66,9 @@ def fit(
     front = objective.argsort()[:9]
     theta, objective = _minimise(theta[front], data, one, delta, 500)
     best = theta[objective.argmin()]
+    for power, variable in ((best[3], "N"), (best[4], "D")):
+        if power <= MIN_POWER:
+            raise Refusal(f"the loss does not fall with {variable} in these points")
     residual = _mixture(best[None], data)[0][0] - data.y
     dof = len(points) - 5
     law = _natural(best, data)
@@ -86,9 +89,10 @@ def fit(
 
 def optimum(law: dict[str, Any], flops: float, k: float) -> tuple[Any, Any, Any]:
     """(N*, D*, L*) where C = k N D (Hoffmann et al. 2022, eq. 4); law values are scalars or [r]."""
-    alpha, beta = (np.maximum(law[n], 1e-3) for n in ("alpha", "beta"))
+    alpha, beta = law["alpha"], law["beta"]
     G = np.log(alpha * law["A"] / (beta * law["B"])) / (alpha + beta)
-    log_n = G + beta / (alpha + beta) * np.log(flops / k)
+    # At least one parameter and one token: a resampled law may have its optimum anywhere.
+    log_n = np.clip(G + beta / (alpha + beta) * np.log(flops / k), 0, np.log(flops / k))
     log_d = np.log(flops / k) - log_n
     return np.exp(log_n), np.exp(log_d), loss(law, np.exp(log_n), np.exp(log_d))
 
@@ -123,7 +127,7 @@ def _data(points: Points) -> _Data:
     log_n, log_d, y = np.log(points.params), np.log(points.tokens), np.log(points.loss)
     center = float(log_n.mean()), float(log_d.mean())
     # E from a thousandth of the smallest loss up to it; A' and B' within any sense.
-    low = np.array([y.min() - 20, y.min() - 20, y.min() - 7, 0.0, 0.0])
+    low = np.array([y.min() - 20, y.min() - 20, y.min() - 7, MIN_POWER, MIN_POWER])
     high = np.array([y.max() + 10, y.max() + 10, y.min(), MAX_POWER, MAX_POWER])
     return _Data(log_n - center[0], log_d - center[1], y, center, low, high)
 

@@ -62,6 +62,8 @@ class Slice:
         x = self.design[:, 1]
         if self.coefficients[2] <= 0:
             return "the parabola opens downwards"
+        if self.minimum[1] <= 0:
+            return "the parabola falls below zero"
         if not x.min() < self.minimum[0] < x.max():
             side = "smallest" if self.minimum[0] <= x.min() else "largest"
             return f"the minimum lies outside the sampled sizes, beyond the {side}"
