@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, Sweep, validate
+from jaxlm.config import Config, Sweep, fingerprint, located
 from jaxlm.files import Mirror, read_json, write_json
 from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train.record import RunRecord
@@ -25,12 +25,29 @@ def _quiet(line: str) -> None:
 
 @contextlib.contextmanager
 def _workdir(url: str | Path) -> Iterator[tuple[Path, Mirror]]:
-    """The local folder of a workdir (a URL is worked on in a copy), locked by this process."""
+    """The local folder of a workdir, locked by this process; a URL's is fetched and sent back."""
     mirror = Mirror(url)
     mirror.local.mkdir(parents=True, exist_ok=True)
     with lock(mirror.local):  # before pulling: another process may be at work in the copy
         mirror.pull()
-        yield mirror.local, mirror
+        try:
+            yield mirror.local, mirror
+        except BaseException:
+            with contextlib.suppress(JaxlmError):  # the first failure is the one to tell
+                mirror.push()
+            raise
+        mirror.push()
+
+
+@contextlib.contextmanager
+def _folder(url: str | Path) -> Iterator[Path]:
+    """As `_workdir`; a folder on disk as it lies, since its owner may be at work in it."""
+    mirror = Mirror(url)
+    if not mirror.remote:
+        yield mirror.local
+        return
+    with _workdir(url) as (folder, _):
+        yield folder
 
 
 def train(
@@ -44,31 +61,37 @@ def train(
 ) -> RunRecord:
     """Train one run in `workdir`, from wherever it is; the same call again goes on or does nothing.
 
-    Raises UserError, Diverged, or Stopped after SIGTERM or Ctrl-C (all saved).
+    Raises UserError; JaxlmError if the run diverged; Stopped after SIGTERM or Ctrl-C (all saved).
     """
     from jaxlm import job
     from jaxlm.data import shards
-    from jaxlm.train.trackers import Trackers
+    from jaxlm.train import record
+    from jaxlm.train.checkpoint import Checkpoints
+    from jaxlm.train.trackers import need
 
-    validate(config)
+    config = located(config)
+    for tracker in config.train.track:
+        need(tracker)
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
         folder, mirror = held.enter_context(_workdir(workdir))
-        data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
-        shards.build(config.data, config.model.vocab_size, data_dir, data_progress)
-        if stop:
-            raise _stopped(stop)
-        say(banner(config))
-        trackers = Trackers(config.train.track, config, folder)
-        send = _sending(mirror, trackers, progress)
-        try:
-            done = job.train([job.Task(config, folder)], data_dir, stop, send)
-        finally:
-            trackers.close()
-            mirror.push()
-    row = done[0]
-    if row.status == "diverged":
-        raise JaxlmError(f"{folder}: the run diverged at step {row.steps}; its record is kept")
+        row = record.read(folder)
+        if row is not None and row.fingerprint == fingerprint(config):
+            say(f"{folder}: {row.status} before; nothing is left to do")
+        else:
+            data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
+            shards.build(config.data, config.model.vocab_size, data_dir, data_progress)
+            if stop:
+                raise _stopped(stop)
+            say(banner(config))
+            send = _sending(mirror, progress)
+            [row] = job.train([job.Task(config, folder)], data_dir, stop, send)
+        if row.status == "diverged":
+            kept = Checkpoints(folder / "checkpoints").steps()
+            good = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint"
+            raise JaxlmError(
+                f"{folder}: loss or gradient is not finite at step {row.steps}; {good}"
+            )
     return row
 
 
@@ -91,12 +114,11 @@ def banner(config: Config) -> str:
     )
 
 
-def _sending(mirror: Mirror, trackers: Any, progress: Any) -> Any:
-    """`progress`, the trackers, and a remote workdir kept up to date with each checkpoint."""
+def _sending(mirror: Mirror, progress: Any) -> Any:
+    """`progress`, and a remote workdir kept up to date with each checkpoint."""
     seen: set[int] = set()
 
     def call(run: Any, row: dict[str, Any]) -> None:
-        trackers.row(row)
         if progress is not None:
             progress(run, row)
         steps = set(run.checkpoints.steps()) if mirror.remote else set()
@@ -122,33 +144,70 @@ def sweep(
     data_progress: Any = None,
     stop: Any = None,
 ) -> Path:
-    """Run a whole sweep, from wherever it is, to its report; returns the report's path."""
-    from jaxlm.report.sweep_report import write_sweep_report
-    from jaxlm.scaling import sweep as stages
+    """Run a whole sweep, from wherever it is, to its report; returns the report's path.
 
+    Raises UserError; JaxlmError when members failed, when the fit refused to predict or the
+    held-out run diverged (the report is there and says so), and after a signal (all saved).
+    """
+    from jaxlm.scaling import sweep as stages
+    from jaxlm.train.trackers import need
+
+    sweep = located(sweep)
+    for tracker in sweep.base.train.track:
+        need(tracker)
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
         folder, mirror = held.enter_context(_workdir(workdir))
-        how = {"stop": stop, "progress": progress or (lambda board: None)}
         plan = stages.plan(sweep, folder, say, data_progress)
         planned = stages.claim(sweep, folder)
+        mirror.push()
         for warning in plan.warnings:
             say(f"lint: {warning}")
         say(f"ladder: {len(planned)} runs")
+        how = {"stop": stop, "progress": _sending_members(mirror, progress)}
         stages.run_ladder(sweep, folder, planned, **how)
-        mirror.push()
         fit = stages.fit_ladder(sweep, folder, planned, say)
-        if sweep.holdout_flops:
-            prediction = stages.predict(sweep, folder, fit, say)
-            mirror.push()
-            member = stages.run_holdout(sweep, folder, planned, prediction, **how)
-            planned = [*planned, member]
-            stages.score(folder, member, prediction, say)
-        sample(sweep, folder, stages.best(folder, planned).name)
+        unscored = None
+        try:
+            if sweep.holdout_flops:
+                prediction = stages.predict(sweep, folder, fit, say)
+                mirror.push()
+                member = stages.run_holdout(sweep, folder, prediction, **how)
+                planned = [*planned, member]
+                stages.score(folder, member, prediction, say)
+        except stages.Unscored as e:
+            unscored = e
+        _sample(sweep, folder, stages.best(folder))
         stages.drop_checkpoints(sweep, folder, planned)
-        page = write_sweep_report(folder)
-        mirror.push()
+        page = _current_page(folder)
+        if unscored is not None:
+            raise unscored
     return page
+
+
+def _current_page(folder: Path) -> Path:
+    """A sweep's page, made anew unless it is newer than everything that it is made from."""
+    from jaxlm.report.sweep_report import write_sweep_report
+
+    page = folder / "report.html"
+    newest = max(path.stat().st_mtime_ns for path in folder.rglob("*.json*"))
+    if page.exists() and page.stat().st_mtime_ns >= newest:
+        return page
+    return write_sweep_report(folder)
+
+
+def _sending_members(mirror: Mirror, progress: Any) -> Any:
+    """`progress` of a sweep, and a remote workdir kept up to date with each finished run."""
+    sent: set[str] = set()
+
+    def call(board: Any) -> None:
+        if progress is not None:
+            progress(board)
+        for name in set(board.finished) - sent if mirror.remote else ():
+            sent.add(name)
+            mirror.push([f"runs/{name}"])  # the others' folders are being written to
+
+    return call
 
 
 def plan(sweep: Sweep, workdir: str | Path, *, say: Say = print, data_progress: Any = None) -> Any:
@@ -156,7 +215,7 @@ def plan(sweep: Sweep, workdir: str | Path, *, say: Say = print, data_progress: 
     from jaxlm.scaling import sweep as stages
 
     with _workdir(workdir) as (folder, _):
-        return stages.plan(sweep, folder, say, data_progress)
+        return stages.plan(located(sweep), folder, say, data_progress)
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -170,7 +229,7 @@ def summary(folder: Path) -> dict[str, Any]:
     }
 
 
-def sample(sweep: Sweep, folder: Path, name: str) -> None:
+def _sample(sweep: Sweep, folder: Path, name: str) -> None:
     """samples.json: what one run of a sweep makes of the sweep's prompts."""
     path, run = folder / "samples.json", folder / "runs" / name
     if not sweep.sample_prompts:
@@ -192,41 +251,44 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Continuations of `prompts` by the newest checkpoint in a run's folder."""
+    """Continuations of `prompts` by the newest checkpoint of a run, or of a sweep's best run."""
     import jax
 
-    from jaxlm import job, mesh
+    from jaxlm import job
     from jaxlm.data import tokenizer
     from jaxlm.generate import decode
+    from jaxlm.scaling import sweep as stages
     from jaxlm.train.run import read_config
 
     job.cache_compilations()
-    folder = Mirror(workdir).local
-    config = read_config(folder)
-    words = tokenizer.load(folder / "tokenizer")
-    with jax.set_mesh(mesh.make(config)):
-        params = job.load_params(config, folder)
-        return decode.continue_text(
-            config.model,
-            params,
-            words,
-            list(prompts),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+    with _folder(workdir) as folder:
+        if (folder / "sweep.json").exists():
+            folder = folder / "runs" / stages.best(folder)
+        config = read_config(folder)
+        words = tokenizer.load(folder / "tokenizer")
+        with jax.set_mesh(job.reading_mesh(config)):
+            return decode.continue_text(
+                config.model,
+                job.load_params(config, folder),
+                words,
+                list(prompts),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+            )
 
 
 def fit(source: str | Path, **options: Any) -> dict[str, Any]:
     """Scaling laws from a folder of runs or a CSV (`columns=` maps its names); see `laws.fit`."""
     from jaxlm.scaling import laws, runs
 
-    path, columns = Path(source), options.pop("columns", None)
-    if path.is_dir():
-        return laws.fit(runs.from_folder(path), **options)
-    return laws.fit(runs.from_csv(path, columns or {}), **options)
+    columns = options.pop("columns", None)
+    if "://" not in str(source) and not Path(source).is_dir():
+        return laws.fit(runs.from_csv(source, columns or {}), **options)
+    with _folder(source) as folder:
+        return laws.fit(runs.from_folder(folder), **options)
 
 
 def plot_fit(found: dict[str, Any], out: str | Path) -> list[Path]:
@@ -241,9 +303,9 @@ def report(workdir: str | Path) -> Path:
     from jaxlm.report.run_report import write_run_report
     from jaxlm.report.sweep_report import write_sweep_report
 
-    folder = Path(workdir)
-    if (folder / "sweep.json").exists():
-        return write_sweep_report(folder)
-    if (folder / "config.json").exists():
-        return write_run_report(folder)
-    raise UserError(f"{folder}: neither a sweep (sweep.json) nor a run (config.json) is in it")
+    with _folder(workdir) as folder:
+        if (folder / "sweep.json").exists():
+            return write_sweep_report(folder)
+        if (folder / "config.json").exists():
+            return write_run_report(folder)
+        raise UserError(f"{folder}: neither a sweep (sweep.json) nor a run (config.json) is in it")

@@ -6,22 +6,17 @@ knows nothing of jax or of devices.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
 import json
-import re
-import sys
-import types
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.schema import JaxlmError, UserError, checked, doc, hint, override, part, to_dict
+from jaxlm import pyfile
+from jaxlm.pyfile import resolve as resolve
+from jaxlm.schema import UserError, checked, doc, override, part, to_dict
 
 # ------------------------------------------------------------------------------------------ parts
 
@@ -121,7 +116,7 @@ class TrainConfig:
     probes: tuple[str, ...] = doc((), "prompts whose next-token distribution is logged")
     sample_prompts: tuple[str, ...] = doc((), "prompts continued at each evaluation")
     sample_tokens: int = doc(64, "tokens per sample")
-    track: tuple[str, ...] = doc((), "trackers besides TensorBoard: 'wandb', 'trackio'")
+    track: tuple[str, ...] = doc((), "besides metrics.jsonl: 'tensorboard', 'wandb', 'trackio'")
     profile: str = doc("", "'START:STOP': a JAX profiler trace of these steps")
 
 
@@ -289,85 +284,54 @@ def _profile_ok(text: str) -> bool:
     return not text or (start.isdigit() and stop.isdigit() and int(start) < int(stop))
 
 
-# --------------------------------------------------------------------- files, references, identity
+# ------------------------------------------------------------------------ experiment files
 
 
-def resolve(reference: str, where: str) -> Any:
-    """The object named by 'file.py:name' or 'package.module:name'. Raises UserError."""
-    target, _, name = reference.rpartition(":")
-    if not target:
-        raise UserError(f"{where}: expected 'file.py:name' or 'module:name', got {reference!r}")
-    module = _load_file(Path(target), where) if target.endswith(".py") else _import(target, where)
-    if not hasattr(module, name):
-        public = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{where}: {target} has no {name!r}; {hint(name, public)}")
-    return getattr(module, name)
+def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config | Sweep:
+    """The Config or Sweep of an experiment file, with `(dotted field, text)` overrides applied.
 
-
-def _import(name: str, where: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"{where}: cannot import {name!r}: {e}") from e
-
-
-def _load_file(path: Path, where: str) -> types.ModuleType:
-    if not path.is_file():
-        raise UserError(f"{where}: no such file: {path}")
-    name = f"jaxlm_experiment_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        with _told_by_line(path, where):
-            spec.loader.exec_module(module)
-    except JaxlmError:
-        del sys.modules[name]
-        raise
-    return module
-
-
-@contextlib.contextmanager
-def _told_by_line(path: Path, where: str) -> Iterator[None]:
-    """An error in the file is told as path:line, a misspelt field with its nearest."""
-    try:
-        yield
-    except JaxlmError:
-        raise
-    except Exception as e:
-        line, trace = getattr(e, "lineno", None), e.__traceback__
-        while trace:
-            if Path(trace.tb_frame.f_code.co_filename) == path.absolute():
-                line = trace.tb_lineno
-            trace = trace.tb_next
-        text = str(e).partition("\n")[0]
-        misspelt = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-        if misspelt and dataclasses.is_dataclass(cls := globals().get(misspelt[1])):
-            names = [f.name for f in dataclasses.fields(cls)]
-            text = f"{misspelt[1]} has no field {misspelt[2]!r}; {hint(misspelt[2], names)}"
-        raise UserError(f"{where}: {path}:{line}: {type(e).__name__}: {text}") from e
-
-
-def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config | Sweep:
-    """The Config or Sweep of an experiment file, with `(dotted field, text)` overrides applied."""
-    module = _load_file(Path(path), "--config")
+    What it refers to as 'file.py:name' is `located` beside the experiment file first.
+    """
+    module = pyfile.load(Path(path), "--config")
     make = getattr(module, "get_sweep", None) or getattr(module, "get_config", None)
     if make is None:
         raise UserError(f"--config: {path} defines neither get_config() nor get_sweep()")
-    with _told_by_line(Path(path), "--config"):
+    with pyfile.told_by_line(module, "--config"):
         experiment = make()
     if not isinstance(experiment, (Config, Sweep)):
         raise UserError(f"--config: {path} returned {type(experiment).__name__}, not a Config")
     for dotted, text in overrides:
         experiment = override(experiment, dotted, text)
+    return located(experiment, Path(path).parent)
+
+
+def located(experiment: Config | Sweep, folder: str | Path = ".") -> Any:
+    """`experiment`, valid, with absolute files in its references: they then hold in every process
+    and working directory.
+
+    A relative one is looked for in `folder` (the experiment file's), then in the working directory.
+    Raises UserError where it is in neither.
+    """
     if isinstance(experiment, Sweep):
-        experiment = checked(experiment, "config")
-        validate(experiment.base, "config.base")
-        return experiment
-    return validate(experiment)
+        sweep = checked(experiment, "config")
+        base = _located(validate(sweep.base, "config.base"), Path(folder), "config.base")
+        return dataclasses.replace(sweep, base=base)
+    return _located(validate(experiment), Path(folder), "config")
+
+
+def _located(config: Config, folder: Path, where: str) -> Config:
+    def find(target: str) -> str:
+        places = dict.fromkeys([Path(folder, target).resolve(), Path(target).resolve()])
+        for place in places:
+            if place.is_file():
+                return str(place)
+        field = next(k for k, v in references(config).items() if v.startswith(f"{target}:"))
+        raise UserError(f"{where}.{field}: no such file: {' or '.join(map(str, places))}")
+
+    return with_files(config, find)
+
+
+# ------------------------------------------------------------------------- references and identity
 
 
 def references(config: Config) -> dict[str, str]:
@@ -388,6 +352,24 @@ def is_reference(text: str) -> bool:
         bool(colon)
         and name.isidentifier()
         and (target.endswith(".py") or all(p.isidentifier() for p in target.split(".")))
+    )
+
+
+def with_files(config: Config, change: Callable[[str], str]) -> Config:
+    """`config` with `change(file)` for each 'file.py' of its references."""
+
+    def new(text: str) -> str:
+        target, _, name = text.rpartition(":")
+        is_file = is_reference(text) and target.endswith(".py")
+        return f"{change(target)}:{name}" if is_file else text
+
+    m, d, o, t = config.model, config.data, config.optimizer, config.train
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(m, layer=new(m.layer)),
+        data=dataclasses.replace(d, sources=tuple(new(s) for s in d.sources)),
+        optimizer=dataclasses.replace(o, name=new(o.name), schedule=new(o.schedule)),
+        train=dataclasses.replace(t, objective=new(t.objective)),
     )
 
 
@@ -416,11 +398,11 @@ def identity(values: dict[str, Any]) -> dict[str, Any]:
 def fingerprint(config: Config) -> str:
     """16 hex digits that two configs share exactly when they describe the same computation.
 
-    The text of every file that the config refers to is part of it.
+    The text of every file that the config refers to is part of it; where the file lies is not.
     """
-    values = identity(to_dict(config))
+    values = identity(to_dict(with_files(config, lambda target: Path(target).name)))
     for where, reference in references(config).items():
-        target = reference.rpartition(":")[0]
-        if target.endswith(".py") and Path(target).is_file():
-            values[f"source of {where}"] = hashlib.sha256(Path(target).read_bytes()).hexdigest()
+        target = Path(reference.rpartition(":")[0])
+        if target.suffix == ".py" and target.is_file():
+            values[f"source of {where}"] = hashlib.sha256(target.read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm import mesh
-from jaxlm.config import Config
+from jaxlm.config import Config, MeshConfig
 from jaxlm.data import loader, shards, tokenizer
 from jaxlm.evaluate import likelihood
 from jaxlm.files import write_bytes
@@ -27,6 +27,7 @@ from jaxlm.train.optimizer import hyper
 from jaxlm.train.record import Role, RunRecord
 from jaxlm.train.run import Run
 from jaxlm.train.step import abstract_state
+from jaxlm.train.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,21 @@ def train(
     """Train the tasks to their ends, from wherever they are; returns their records.
 
     Several tasks must be of one shape and horizon: they train as one program (`jax.vmap`). Token
-    shards must be in `data_dir`. A finished task is not touched. Raises what `loop.fit` raises,
-    and UserError for a folder that holds another run or another process.
+    shards must be in `data_dir`. A finished task is not touched; one whose loss became NaN or
+    infinite has the status "diverged". Raises what else `loop.fit` raises, and UserError for a
+    folder that holds another run or another process.
     """
     cache_compilations()
     data = shards.read_manifest(data_dir)
     runs = [Run(t.config, t.folder, data.fingerprint, t.role, t.budget) for t in tasks]
     with contextlib.ExitStack() as held:
         for run in runs:
-            run.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(workdir.lock(run.folder))
             run.claim()
         todo = [run for run in runs if run.record() is None]
         for group in _groups(todo):
-            _fit(group, data_dir, stop, progress)
+            with contextlib.suppress(loop.Diverged):  # its record says so
+                _fit(group, data_dir, stop, progress)
     return [found for run in runs if (found := run.record()) is not None]
 
 
@@ -80,29 +82,38 @@ def _groups(todo: list[Run]) -> list[list[Run]]:
     return [todo] if len(steps) == 1 else [[run] for run in todo]
 
 
-def _fit(
-    group: list[Run],
-    data_dir: Path,
-    stop: Any,
-    progress: loop.Progress,
-) -> None:
+def _fit(group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress) -> None:
     config = group[0].config
     train_set = loader.Dataset.open(data_dir, "train", config.model.seq_len)
-    eval_set = loader.Dataset.open(data_dir, "eval", config.model.seq_len)
     sequences = config.train.steps * config.train.global_batch_size
     loader.check_epochs(train_set, sequences, config.data.max_epochs)
-    watch = [likelihood.heldout(eval_set, config.data.eval_sequences)]
-    words = tokenizer.load(data_dir / "tokenizer")
-    decode.check_prompts(config, words)
-    if config.train.probes:
-        watch.append(decode.probes(words, config.train.probes))
-    if config.train.sample_prompts:
-        t = config.train
-        watch.append(decode.samples(words, t.sample_prompts, t.sample_tokens, config.seed))
+    observers = _observers(config, data_dir)
     for run in group:
         _keep_data_card(run.folder, data_dir)
-    with jax.set_mesh(mesh.make(config)):
-        loop.fit(group, train_set, watch, stop, progress)
+    with contextlib.ExitStack() as held:
+        trackers = {
+            run.folder: held.enter_context(Trackers(run.config, run.folder)) for run in group
+        }
+
+        def send(run: Run, row: dict[str, Any]) -> None:
+            trackers[run.folder].row(row)
+            progress(run, row)
+
+        held.enter_context(jax.set_mesh(mesh.make(config)))
+        loop.fit(group, train_set, observers, stop, send)
+
+
+def _observers(config: Config, data_dir: Path) -> list[loop.Observer]:
+    """What is watched besides the training loss."""
+    eval_set = loader.Dataset.open(data_dir, "eval", config.model.seq_len)
+    words, t = tokenizer.load(data_dir / "tokenizer"), config.train
+    decode.check_prompts(config, words)
+    watch = [likelihood.heldout(eval_set, config.data.eval_sequences)]
+    if t.probes:
+        watch.append(decode.probes(words, t.probes))
+    if t.sample_prompts:
+        watch.append(decode.samples(words, t.sample_prompts, t.sample_tokens, config.seed))
+    return watch
 
 
 def _keep_data_card(folder: Path, data_dir: Path) -> None:
@@ -110,6 +121,14 @@ def _keep_data_card(folder: Path, data_dir: Path) -> None:
     write_bytes(folder / "data_manifest.json", (data_dir / "manifest.json").read_bytes())
     for path in (data_dir / "tokenizer").iterdir():
         write_bytes(folder / "tokenizer" / path.name, path.read_bytes())
+
+
+def reading_mesh(config: Config) -> jax.sharding.Mesh:
+    """The run's own mesh where these devices make it up, else one device."""
+    try:
+        return mesh.make(config)
+    except UserError:
+        return mesh.make(replace(config, mesh=MeshConfig()), jax.devices()[:1])
 
 
 def load_params(config: Config, folder: Path) -> Any:

@@ -127,7 +127,8 @@ class Lines:
             self.say(f"lint: {warning}")
         self.say(
             f"{len(plan.rows)} runs, {plan.flops:.3g} FLOPs,"
-            f" about {_clock(plan.seconds)} at {plan.flops_per_second / 1e9:.0f} GFLOP/s"
+            f" about {_clock(plan.seconds)} at {plan.flops_per_second / 1e9:.0f} GFLOP/s;"
+            f" {plan.checkpoint_bytes / 2**20:,.0f} MiB of checkpoints until it is done"
         )
 
     def _table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

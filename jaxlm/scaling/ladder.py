@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,13 +28,13 @@ class Member:
         return self.config.name
 
 
-def sized(model: ModelConfig, shape: Shape) -> ModelConfig:
+def sized(model: ModelConfig, shape: Shape, where: str = "rungs") -> ModelConfig:
     """`model` at another size: head width stays, the other widths keep their ratio to d_model."""
     k = model.head_dim
     if shape.d_model % k:
         near = max(k, round(shape.d_model / k) * k)
         raise UserError(
-            f"config.rungs: d_model={shape.d_model} is no multiple of the head width {k};"
+            f"config.{where}: d_model={shape.d_model} is no multiple of the head width {k};"
             f" nearest: {near}"
         )
     heads = shape.d_model // k
@@ -50,14 +51,13 @@ def sized(model: ModelConfig, shape: Shape) -> ModelConfig:
     )
 
 
-def at_budget(base: Config, shape: Shape, flops: float, seed: int) -> Config:
+def at_budget(base: Config, shape: Shape, flops: float, seed: int, where: str = "rungs") -> Config:
     """`base` at this size for this many training FLOPs, in whole dispatches of steps."""
-    model = sized(base.model, shape)
+    model = sized(base.model, shape, where)
     batch_tokens = base.train.global_batch_size * model.seq_len
     k = base.train.steps_per_dispatch
     steps = max(1, round(flops / (size(model).flops_per_token * batch_tokens * k))) * k
-    mantissa, exponent = f"{flops:.1e}".split("e")
-    name = f"c{mantissa}e{int(exponent)}-d{shape.d_model}-l{shape.n_layers}-s{seed}"
+    name = f"c{_short(flops)}-d{shape.d_model}-l{shape.n_layers}-s{seed}"
     return dataclasses.replace(
         base,
         name=name,
@@ -65,6 +65,13 @@ def at_budget(base: Config, shape: Shape, flops: float, seed: int) -> Config:
         model=model,
         train=dataclasses.replace(base.train, steps=steps),
     )
+
+
+def _short(flops: float) -> str:
+    """'3.0e11': as few digits, but at least two, as tell it from every other number."""
+    texts = (f"{flops:.{digits}e}" for digits in range(1, 17))
+    mantissa, exponent = next(t for t in texts if float(t) == flops).split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def members(sweep: Sweep) -> list[Member]:
@@ -98,23 +105,34 @@ def _cells(shapes: Sequence[Shape], replicates: int) -> Iterator[tuple[Shape, in
 
 def _varied(config: Config, sweep: Sweep) -> Iterator[Config]:
     """One config per combination of `sweep.vary`."""
+    fields = [field for field, _ in sweep.vary]
+    for field in fields:
+        if field.startswith("data.") and field != "data.seed":
+            raise UserError(f"config.vary: {field}: all members of a sweep read the same data")
     for values in itertools.product(*(choices for _, choices in sweep.vary)):
         changed = config
-        for (field, _), value in zip(sweep.vary, values, strict=True):
+        for field, value in zip(fields, values, strict=True):
             changed = override(changed, field, value, "config.vary")
-        marks = [
-            f"{f.rpartition('.')[2]}={v}" for (f, _), v in zip(sweep.vary, values, strict=True)
-        ]
-        yield dataclasses.replace(changed, name="-".join([config.name, *marks]))
+        marks = [f"{f.rpartition('.')[2]}={v}" for f, v in zip(fields, values, strict=True)]
+        name = re.sub(r"[^\w.=+-]+", "_", "-".join([config.name, *marks]))  # it names a folder
+        yield dataclasses.replace(changed, name=name)
 
 
 def holdout(sweep: Sweep, params_effective: float) -> Member:
-    """The held-out run: of its shapes the one nearest (in log) to this effective size."""
+    """The held-out run: of its candidates the one nearest (in log) to this effective size."""
 
-    def distance(shape: Shape) -> float:
-        n = size(sized(sweep.base.model, shape)).params_effective
-        return abs(math.log(n / params_effective))
+    def distance(member: Member) -> float:
+        return abs(math.log(size(member.config.model).params_effective / params_effective))
 
-    shape = min(sweep.holdout_shapes, key=distance)
-    config = at_budget(sweep.base, shape, sweep.holdout_flops, sweep.seed)
-    return Member(validate(config, config.name), "holdout", sweep.holdout_flops)
+    return min(candidates(sweep), key=distance)
+
+
+def candidates(sweep: Sweep) -> list[Member]:
+    """What the held-out run may be: one member per `holdout_shapes`. Raises UserError."""
+    if sweep.holdout_flops and not sweep.holdout_shapes:
+        raise UserError("config.holdout_shapes: expected at least one size for the held-out run")
+    found = [
+        at_budget(sweep.base, shape, sweep.holdout_flops, sweep.seed, "holdout_shapes")
+        for shape in (sweep.holdout_shapes if sweep.holdout_flops else ())
+    ]
+    return [Member(validate(c, c.name), "holdout", sweep.holdout_flops) for c in found]

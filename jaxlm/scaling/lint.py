@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxlm.config import Sweep
+from jaxlm.config import Config, Sweep
 from jaxlm.model.scale import size
-from jaxlm.scaling.ladder import Member, at_budget, members
+from jaxlm.scaling.ladder import Member, candidates, members
 from jaxlm.schema import UserError
 
 # Fewer steps than this and a run is still in its steep early phase, off the power law.
@@ -31,6 +31,7 @@ class Row:
     steps: int
     epochs: float
     flops: float
+    checkpoint_bytes: int  # of all that it keeps: parameters and two moments, float32
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Plan:
         return sum(r.flops for r in self.rows)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Of all members together, until the sweep is done (`sweep.keep_checkpoints`)."""
+        return sum(r.checkpoint_bytes for r in self.rows)
+
+    @property
     def seconds(self) -> float:
         return self.flops / self.flops_per_second
 
@@ -54,27 +60,32 @@ def lint(sweep: Sweep, train_tokens: int | None = None) -> Plan:
     `train_tokens`: tokens in the train split, if known; a run that needs more than
     `data.max_epochs` of them is refused.
     """
-    planned = members(sweep)
-    if sweep.holdout_flops:
-        if not sweep.holdout_shapes:
-            raise UserError(
-                "config.holdout_shapes: expected at least one size for the held-out run"
-            )
-        planned += [  # which of them runs is decided by the prediction; the largest is shown
-            Member(at_budget(sweep.base, s, sweep.holdout_flops, sweep.seed), "holdout", 0.0)
-            for s in sweep.holdout_shapes[-1:]
-        ]
+    planned, held_out = members(sweep), candidates(sweep)
+    # Which candidate runs is decided by the prediction, so the data must do for each; they cost
+    # the same, and the largest is shown.
+    _need_text(sweep, [*planned, *held_out], train_tokens)
+    planned += held_out[-1:]
     rows = tuple(_row(m, train_tokens) for m in planned)
+    return Plan(rows, tuple(_warnings(sweep, rows)), CPU_FLOPS_PER_SECOND)
+
+
+def _epochs(config: Config, train_tokens: int) -> float:
+    windows = max(1, (train_tokens - 1) // config.model.seq_len)
+    return config.train.steps * config.train.global_batch_size / windows
+
+
+def _need_text(sweep: Sweep, planned: Sequence[Member], train_tokens: int | None) -> None:
+    if train_tokens is None:
+        return
     limit = sweep.base.data.max_epochs
-    over = [r for r in rows if r.epochs > limit]
-    if over:
-        worst = max(over, key=lambda r: r.epochs)
+    worst = max(planned, key=lambda m: m.config.tokens)
+    epochs = _epochs(worst.config, train_tokens)
+    if epochs > limit:
         raise UserError(
-            f"config.base.data.max_epochs: {worst.name} needs {worst.tokens:,} tokens,"
-            f" {worst.epochs:.2f} epochs of {train_tokens:,}, above max_epochs={limit:g};"
+            f"config.base.data.max_epochs: {worst.name} needs {worst.config.tokens:,} tokens,"
+            f" {epochs:.2f} epochs of {train_tokens:,}, above max_epochs={limit:g};"
             " add text, lower the budget or raise max_epochs"
         )
-    return Plan(rows, tuple(_warnings(sweep, planned, rows)), CPU_FLOPS_PER_SECOND)
 
 
 def _row(member: Member, train_tokens: int | None) -> Row:
@@ -88,20 +99,22 @@ def _row(member: Member, train_tokens: int | None) -> Row:
         params_effective=counts.params_effective,
         tokens=c.tokens,
         steps=c.train.steps,
-        epochs=c.tokens / train_tokens if train_tokens else math.nan,
+        epochs=_epochs(c, train_tokens) if train_tokens else math.nan,
         flops=float(counts.flops_per_token * c.tokens),
+        checkpoint_bytes=counts.params * 12 * c.train.keep_checkpoints,
     )
 
 
-def _warnings(sweep: Sweep, planned: Sequence[Member], rows: Sequence[Row]) -> list[str]:
+def _warnings(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     found = []
-    budgets = sorted({m.budget for m in planned if m.role != "holdout"})
+    fitted = [r for r in rows if r.role != "holdout"]
+    budgets = sorted({r.budget for r in fitted})
     if len(budgets) < 3:
         found.append(f"{len(budgets)} budgets: a law through fewer than 3 cannot be checked")
     if all(rung.replicates < 2 for rung in sweep.rungs):
         found.append("no replicates: the noise floor is unknown, intervals rest on residuals alone")
     for budget in budgets:
-        sizes = sorted({r.params_effective for r in rows if r.budget == budget})
+        sizes = sorted({r.params_effective for r in fitted if r.budget == budget})
         if len(sizes) < 3:
             found.append(f"{budget:.2g} FLOPs: {len(sizes)} sizes cannot bracket a minimum (≥ 3)")
         expected = math.sqrt(budget / (6 * TOKENS_PER_PARAM))
@@ -110,11 +123,13 @@ def _warnings(sweep: Sweep, planned: Sequence[Member], rows: Sequence[Row]) -> l
                 f"{budget:.2g} FLOPs: sizes {sizes[0]:,.0f} … {sizes[-1]:,.0f} do not bracket"
                 f" {expected:,.0f}, where 20 tokens per parameter put the minimum"
             )
-    found += [
-        f"{r.name}: {r.steps} steps, fewer than {MIN_STEPS}: likely still in the steep early phase"
-        for r in rows
-        if r.steps < MIN_STEPS
-    ]
+    short = [r for r in rows if r.steps < MIN_STEPS]
+    if short:
+        least = min(short, key=lambda r: r.steps)
+        found.append(
+            f"{len(short)} of {len(rows)} runs take fewer than {MIN_STEPS} steps ({least.name}:"
+            f" {least.steps}): likely still in the steep early phase"
+        )
     if sweep.holdout_flops and budgets:
         factor = sweep.holdout_flops / budgets[-1]
         if factor < 4:

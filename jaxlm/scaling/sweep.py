@@ -15,6 +15,7 @@ from the same inputs, so the same command, run again, goes on where it was:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -23,9 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Sweep
+from jaxlm.config import Sweep, fingerprint
 from jaxlm.data import shards
-from jaxlm.files import read_json, read_jsonl, write_json
+from jaxlm.files import plain, read_json, read_jsonl, write_json
+from jaxlm.model.scale import size as model_size
 from jaxlm.scaling import laws, runs
 from jaxlm.scaling.ladder import Member, holdout, members
 from jaxlm.scaling.lint import Plan, lint
@@ -56,37 +58,47 @@ def data_dir(sweep: Sweep, folder: Path) -> Path:
 
 def claim(sweep: Sweep, folder: Path) -> list[Member]:
     """Writes sweep.json, or checks that the folder holds this sweep. Raises UserError."""
-    planned, path = members(sweep), folder / "sweep.json"
-    resolved = to_dict(sweep)
+    if (folder / "config.json").exists():
+        raise UserError(f"--workdir: {folder} holds a run, not a sweep; choose another")
+    planned, path, resolved = members(sweep), folder / "sweep.json", to_dict(sweep)
+    rows = [_row(m) for m in planned]
     if path.exists():
-        old = read_json(path, "sweep")["sweep"]
-        changed = sorted(k for k in resolved if resolved[k] != old.get(k) and k not in _MAY_CHANGE)
+        old = read_json(path, "sweep")
+        changed = [k for k in resolved if resolved[k] != old["sweep"].get(k)]
+        changed = [k for k in changed if k not in _MAY_CHANGE]
+        was = {r["name"]: r["fingerprint"] for r in old["members"]}
+        if not changed and any(was[r["name"]] != r["fingerprint"] for r in rows):
+            changed = ["the code that it refers to"]
         if changed:
             raise UserError(
                 f"--workdir: {folder} holds another sweep (differs in {', '.join(changed)});"
                 " choose another"
             )
-    _write_sweep(folder, resolved, planned)
+        rows += [r for r in old["members"] if r["role"] == "holdout"]
+    _keep(path, {"format": "jaxlm.sweep/1", "sweep": resolved, "members": rows})
     return planned
 
 
-_MAY_CHANGE = ("name", "workers", "population", "keep_checkpoints")
+_MAY_CHANGE = ("name", "workers", "population", "keep_checkpoints", "sample_prompts")
 
 
-def _write_sweep(folder: Path, resolved: dict[str, Any], planned: Sequence[Member]) -> None:
-    rows = [
-        {
-            "name": m.name,
-            "role": m.role,
-            "budget": m.budget,
-            "workdir": f"runs/{m.name}",
-            "config": to_dict(m.config),
-        }
-        for m in planned
-    ]
-    write_json(
-        folder / "sweep.json", {"format": "jaxlm.sweep/1", "sweep": resolved, "members": rows}
-    )
+def _row(m: Member) -> dict[str, Any]:
+    return {
+        "name": m.name,
+        "role": m.role,
+        "budget": m.budget,
+        "workdir": f"runs/{m.name}",
+        "fingerprint": fingerprint(m.config),
+        "config": to_dict(m.config),
+    }
+
+
+def _keep(path: Path, body: dict[str, Any]) -> None:
+    """Writes a file unless it holds this already."""
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(path.read_text()) == plain(body):
+            return
+    write_json(path, body)
 
 
 # ------------------------------------------------------------------------------------------ stages
@@ -111,6 +123,7 @@ def fit_ladder(sweep: Sweep, folder: Path, planned: Sequence[Member], say: Say) 
         return read_json(path, "fit")
     say(f"fitting {len(rows)} runs, {sweep.bootstrap} resamples")
     curves = [_curve(folder, r) for r in rows if r.status == "finished"]
+    curves = [c for c in curves if len(c.flops) >= 3]  # fewer are no curve
     result = laws.fit(
         runs.from_folder(folder / "runs"),
         curves=curves,
@@ -132,62 +145,73 @@ def _curve(folder: Path, row: RunRecord) -> runs.Curve:
     )
 
 
+class Unscored(JaxlmError):
+    """The sweep ends without a score."""
+
+
 def predict(sweep: Sweep, folder: Path, fit: dict[str, Any], say: Say) -> dict[str, Any]:
-    """prediction.json: written once, before the held-out run starts."""
+    """prediction.json: written once, before the held-out run starts. Raises Unscored.
+
+    `params` and `tokens` are the predicted optimum; `run` is the member nearest to it, and `loss`
+    is what this member is predicted to measure.
+    """
     path = folder / "prediction.json"
     if path.exists():
         return read_json(path, "prediction")
-    predicted = laws.predict(fit, sweep.estimator, sweep.holdout_flops)
-    if "refused" in predicted:
-        raise JaxlmError(f"{sweep.estimator} cannot predict: {predicted['refused']}")
+    optimum = laws.predict(fit, sweep.estimator, sweep.holdout_flops)
+    if "refused" in optimum:
+        raise Unscored(f"{folder}: {sweep.estimator} cannot predict: {optimum['refused']}")
+    member = holdout(sweep, optimum["params"])
+    size = model_size(member.config.model).params_effective
     body = {
         "format": "jaxlm.prediction/1",
-        "estimator": sweep.estimator,
-        "flops": sweep.holdout_flops,
-        **predicted,
+        **laws.predict(fit, sweep.estimator, sweep.holdout_flops, size),
+        "run": member.name,
+        "run_params": size,
         "inputs": fit["inputs"],
     }
     body = {**body, "sha256": _digest(body), "made_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_json(path, body)
-    lo, hi = body["ci95"]
+    within = "95 %: {:.4f} … {:.4f}".format(*body["ci95"]) if body["ci95"] else "no interval"
     say(
         f"predicted for {sweep.holdout_flops:.2g} FLOPs by {sweep.estimator}:"
-        f" loss {body['loss']:.4f} (95 %: {lo:.4f} … {hi:.4f}) at {body['params']:,.0f} parameters"
+        f" loss {body['loss']:.4f} ({within}) at {size:,.0f} parameters"
     )
     return read_json(path, "prediction")
 
 
-def run_holdout(
-    sweep: Sweep, folder: Path, planned: Sequence[Member], prediction: dict[str, Any], **how: Any
-) -> Member:
-    member = holdout(sweep, prediction["params"])
-    _write_sweep(folder, to_dict(sweep), [*planned, member])
+def run_holdout(sweep: Sweep, folder: Path, prediction: dict[str, Any], **how: Any) -> Member:
+    """Trains the held-out run that the prediction chose."""
+    member, path = holdout(sweep, prediction["params"]), folder / "sweep.json"
+    body = read_json(path, "sweep")
+    others = [r for r in body["members"] if r["role"] != "holdout"]
+    _keep(path, {**body, "members": [*others, _row(member)]})
     run_members(sweep, folder, [member], **how)
     return member
 
 
 def score(folder: Path, member: Member, prediction: dict[str, Any], say: Say) -> dict[str, Any]:
-    """score.json: the measured loss against the prediction that was made before."""
+    """score.json: the measured loss against what was predicted before. Raises Unscored."""
     row = record.read(folder / "runs" / member.name)
-    if row is None or row.loss is None:
-        raise JaxlmError(f"{member.name}: the held-out run has no loss to score")
-    lo, hi = prediction["ci95"]
-    error = row.loss / prediction["loss"] - 1
-    inside = lo <= row.loss <= hi
+    if row is None or row.loss is None or row.status != "finished":
+        state = "has no loss" if row is None else row.status
+        raise Unscored(f"{folder}: the held-out run {member.name} {state}: nothing to score")
+    error, ci95 = row.loss / prediction["loss"] - 1, prediction["ci95"]
+    inside = ci95 is not None and ci95[0] <= row.loss <= ci95[1]
     close = abs(error) <= 0.02
     body = {
         "format": "jaxlm.score/1",
         "run": member.name,
         "measured": row.loss,
         "predicted": prediction["loss"],
-        "ci95": [lo, hi],
+        "ci95": ci95,
         "error_relative": error,
         "inside_interval": inside,
         "within_2_percent": close,
         "prediction_sha256": prediction["sha256"],
         "verdict": "predicted" if inside or close else "missed",
     }
-    write_json(folder / "score.json", body)
+    _keep(folder / "score.json", body)
     say(
         f"measured {row.loss:.4f}: {error:+.2%} off the prediction,"
         f" {'inside' if inside else 'outside'} the 95 % interval"
@@ -195,19 +219,20 @@ def score(folder: Path, member: Member, prediction: dict[str, Any], say: Say) ->
     return body
 
 
-def best(folder: Path, planned: Sequence[Member]) -> Member:
-    """The member with the lowest held-out loss."""
-    by_name = {r.name: r.loss for r in records(folder, planned) if r.loss is not None}
-    if not by_name:
-        raise JaxlmError(f"{folder}: no run has a loss")
-    return min((m for m in planned if m.name in by_name), key=lambda m: by_name[m.name])
+def best(folder: Path) -> str:
+    """The name of the finished run with the lowest held-out loss. Raises JaxlmError."""
+    rows = [record.read(path.parent) for path in folder.glob("runs/*/record.json")]
+    losses = {r.name: r.loss for r in rows if r and r.status == "finished" and r.loss is not None}
+    if not losses:
+        raise JaxlmError(f"{folder}: no run has finished")
+    return min(losses, key=lambda name: losses[name])
 
 
 def drop_checkpoints(sweep: Sweep, folder: Path, planned: Sequence[Member]) -> None:
     """`sweep.keep_checkpoints`: 'best' keeps the best run's, 'none' none. Rows and plots stay."""
     if sweep.keep_checkpoints == "all":
         return
-    kept = best(folder, planned).name if sweep.keep_checkpoints == "best" else ""
+    kept = best(folder) if sweep.keep_checkpoints == "best" else ""
     for member in planned:
         if member.name != kept:
             shutil.rmtree(folder / "runs" / member.name / "checkpoints", ignore_errors=True)
@@ -215,10 +240,3 @@ def drop_checkpoints(sweep: Sweep, folder: Path, planned: Sequence[Member]) -> N
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def disk_use(planned: Sequence[Member]) -> int:
-    """Bytes that the final checkpoints of all members take: parameters and two Adam moments."""
-    from jaxlm.model.scale import size
-
-    return sum(size(m.config.model).params * 12 * m.config.train.keep_checkpoints for m in planned)

@@ -2,68 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlm import job
 from jaxlm.config import Config
 from jaxlm.files import read_json
-from jaxlm.schema import JaxlmError, from_dict
-from jaxlm.train.loop import Diverged
-from jaxlm.train.workdir import StopFlag
+from jaxlm.schema import JaxlmError, UserError, from_dict
+from jaxlm.train.workdir import StopFlag, lock
 
 
 def main(folder: Path) -> int:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to the log, not into the protocol
     send = _sender(out)
-    groups = _groups_from_stdin()
+    busy = threading.Event()
     with StopFlag() as stop:
-        for group in groups:
+        for group in _groups_from_stdin(busy, stop):
             if stop:
                 break
             try:
                 _run(folder, group, stop, send)
-            except Diverged:  # its record says so; the fit leaves it out and shows it
-                send(kind="finished", name=group[0])
             except JaxlmError as e:
                 if stop:
                     break
                 send(kind="error", message=str(e))
+            busy.clear()
             send(kind="ready")
     return stop.exit_code
 
 
 def _sender(out: Any) -> Any:
     def send(**message: Any) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone, and stdin says so too
+            out.write(json.dumps(message) + "\n")
+            out.flush()
 
     return send
 
 
-def _groups_from_stdin() -> Any:
-    """Lines as they come. If the parent is gone, stop as if it had said so."""
-    import queue
-
+def _groups_from_stdin(busy: threading.Event, stop: StopFlag) -> Iterator[list[str]]:
+    """Groups as they come, each of which sets `busy`. The parent closes stdin when there are no
+    more; if it closes amid a group, the parent stops or is gone."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
+            busy.set()
             lines.put(line)
         lines.put(None)
-        if os.getppid() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if busy.is_set():  # no second signal: that would end this process before it has saved
+            stop.signum = stop.signum or signal.SIGTERM
 
     threading.Thread(target=read, daemon=True).start()
     while (line := lines.get()) is not None:
         yield json.loads(line)
+
+
+def _wait_for(run: Path, stop: Any) -> None:
+    """Until the folder is free: the workers of a parent that was killed save before they leave."""
+    deadline = time.monotonic() + 10.0
+    while not stop:
+        try:
+            with lock(run):
+                return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _run(folder: Path, names: Sequence[str], stop: Any, send: Any) -> None:
@@ -81,6 +96,8 @@ def _run(folder: Path, names: Sequence[str], stop: Any, send: Any) -> None:
         if "train/loss" in row:
             send(kind="row", name=run.config.name, flops=row["flops"], loss=row["train/loss"])
 
+    for task in tasks:
+        _wait_for(task.folder, stop)
     data_dir = sweep["sweep"]["base"]["data"]["dir"] or folder / "data"
     for record in job.train(tasks, Path(data_dir), stop, progress):
         send(kind="finished", name=record.name)

@@ -7,6 +7,7 @@ ends when stdin closes, so it cannot outlive its parent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -20,10 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Sweep, fingerprint
+from jaxlm import mesh
+from jaxlm.config import Config, Sweep, fingerprint
 from jaxlm.model.scale import size
 from jaxlm.scaling.ladder import Member
-from jaxlm.schema import JaxlmError
+from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train import record
 
 Progress = Callable[["Board"], None]
@@ -74,6 +76,9 @@ def run_members(
         return
     groups = sorted(_groups(sweep, left), key=lambda g: -sum(flops(m) for m in g))
     _Pool(sweep, folder, groups, board, progress).run(stop)
+    lost = [m.name for m in left if not _is_done(folder, m)]
+    if lost:
+        raise JaxlmError(f"{folder}: {len(lost)} members have no record, first {lost[0]}")
 
 
 def flops(member: Member) -> float:
@@ -87,8 +92,13 @@ def _is_done(folder: Path, member: Member) -> bool:
 
 def n_workers(sweep: Sweep, groups: int) -> int:
     """One process per core on a CPU; one elsewhere, since a process takes all its accelerators."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(sweep.workers or (cores or 1 if on_cpu() else 1), groups)
+    return min(sweep.workers or (cores() if on_cpu() else 1), groups)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    available = hasattr(os, "sched_getaffinity")  # Linux
+    return len(os.sched_getaffinity(0)) if available else os.cpu_count() or 1
 
 
 def on_cpu() -> bool:
@@ -134,7 +144,8 @@ class _Pool:
         # The held-out run is alone by design; a last member of the ladder by chance, and must not
         # come out in other last bits for it.
         alone = all(m.role == "holdout" for g in groups for m in g)
-        self.environment = worker_environment(alone)
+        configs = [m.config for group in groups for m in group]
+        self.environment = worker_environment(alone, configs)
         self.workers = [self._spawn() for _ in range(n)]
 
     def run(self, stop: Any) -> None:
@@ -163,7 +174,7 @@ class _Pool:
     def _spawn(self) -> _Worker:
         log = open(self.folder / "workers.log", "a")  # noqa: SIM115 (the child keeps it)
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxlm.scaling.worker", str(self.folder)],
+            [sys.executable, "-P", "-m", "jaxlm.scaling.worker", str(self.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -236,6 +247,9 @@ class _Pool:
     def _end(self) -> None:
         for worker in self.workers:
             worker.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(BrokenPipeError):
+                assert worker.process.stdin is not None
+                worker.process.stdin.close()  # one that waits for work ends at once
         deadline = time.monotonic() + STOP_S
         for worker in self.workers:
             try:
@@ -250,16 +264,16 @@ def _stopped(stop: Any) -> JaxlmError:
     return error
 
 
-def worker_environment(alone: bool) -> dict[str, str]:
-    """The parent's environment, with a worker on a CPU kept to one thread per device.
+def worker_environment(alone: bool, configs: Sequence[Config]) -> dict[str, str]:
+    """The parent's environment and import path, a worker on a CPU kept to one thread per device.
 
     XLA's thread pool stalls tiny models; two single-threaded processes carry twice one process
     with two threads. A worker that is `alone` has one such device per core and splits its batch.
     """
     env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     if on_cpu():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        devices = cores if alone else 1
+        devices = _devices(configs, cores() if alone else 1)
         env["JAX_PLATFORMS"] = "cpu"
         env["XLA_FLAGS"] = " ".join(
             [
@@ -270,3 +284,18 @@ def worker_environment(alone: bool) -> dict[str, str]:
             ]
         ).strip()
     return env
+
+
+def _devices(configs: Sequence[Config], most: int) -> int:
+    """Devices of a CPU worker: as many, up to `most`, as the mesh of every config can be made of;
+    more only where the configs ask for more."""
+
+    def fits(n: int) -> bool:
+        with contextlib.suppress(UserError):
+            for config in configs:
+                shape = dict(zip(mesh.AXES, mesh.sizes(config.mesh, n), strict=True))
+                mesh.check_divides(config, shape)
+            return True
+        return False
+
+    return next((n for n in [*range(most, 0, -1), *range(most + 1, 65)] if fits(n)), 1)

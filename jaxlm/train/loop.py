@@ -119,7 +119,7 @@ class _Loop:
             self._observe_if_due()
         for batches in self._feed():
             n = batches.tokens.shape[1 if self.population else 0]
-            self._profile()
+            self._profile(n)
             on_mesh = mesh.put_batch(batches, self.mesh, leading=2 if self.population else 1)
             self.state, metrics = self.program.chunk(self.hyper, self.state, on_mesh)
             self._log_pending()
@@ -174,12 +174,15 @@ class _Loop:
             return feeds[0]
         return (jax.tree.map(lambda *x: np.stack(x), *parts) for parts in zip(*feeds, strict=True))
 
-    def _profile(self) -> None:
-        """Starts and stops the trace that `train.profile` asks for, at borders of chunks."""
+    def _profile(self, n: int) -> None:
+        """Starts and stops the trace of the chunks that hold the steps of `train.profile`.
+
+        `n`: steps in the chunk that comes next.
+        """
         if not self.config.train.profile:
             return
         start, stop = map(int, self.config.train.profile.split(":"))
-        if not self.tracing and start <= self.step < stop:
+        if not self.tracing and start < self.step + n and self.step < stop:
             jax.profiler.start_trace(str(self.members[0].run.folder / "profile"))
             self.tracing = True
         elif self.tracing and self.step >= stop:

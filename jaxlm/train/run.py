@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import shutil
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,9 +11,9 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import Config, fingerprint, identity, references
-from jaxlm.files import append_jsonl, filter_jsonl, read_json, write_json
-from jaxlm.schema import UserError, from_dict, to_dict
+from jaxlm.config import Config, fingerprint, identity, references, with_files
+from jaxlm.files import append_jsonl, filter_jsonl, read_json, write_bytes, write_json
+from jaxlm.schema import JaxlmError, UserError, from_dict, to_dict
 from jaxlm.train import record
 from jaxlm.train.checkpoint import Checkpoints
 
@@ -50,9 +48,8 @@ class Run:
 
     def claim(self) -> None:
         """Makes the folder this run's. Raises UserError if it is another's, or saw other data."""
-        path = self.folder / "config.json"
-        if path.exists():
-            found = read_json(path, "config")
+        if (self.folder / "config.json").exists():
+            found = _read(self.folder)
             if found["fingerprint"] != self.fingerprint:
                 mine = identity(to_dict(self.config))
                 what = _difference(identity(found["config"]), mine)
@@ -66,12 +63,13 @@ class Run:
                 )
             return
         write_json(
-            path,
+            self.folder / "config.json",
             {
                 "format": FORMAT,
                 "fingerprint": self.fingerprint,
                 "data_fingerprint": self.data_fingerprint,
                 "config": to_dict(self.config),
+                "code": self._keep_code(),
                 "versions": {
                     "python": platform.python_version(),
                     **{name: metadata.version(name) for name in _LIBRARIES},
@@ -79,11 +77,19 @@ class Run:
                 "devices": [d.device_kind for d in jax.devices()],
             },
         )
+
+    def _keep_code(self) -> dict[str, str]:
+        """Copies the files that the config refers to into code/: file → its copy."""
+        kept: dict[str, str] = {}
         for reference in references(self.config).values():
-            source = Path(reference.rpartition(":")[0])
-            if source.is_file():  # what a run did can be told from its directory
-                (self.folder / "code").mkdir(exist_ok=True)
-                shutil.copy2(source, self.folder / "code" / source.name)
+            source = reference.rpartition(":")[0]
+            if source.endswith(".py") and source not in kept:
+                copy = f"code/{Path(source).name}"
+                if copy in kept.values():  # of the same name, from another folder
+                    copy = f"code/{len(kept)}_{Path(source).name}"
+                write_bytes(self.folder / copy, Path(source).read_bytes())
+                kept[source] = copy
+        return kept
 
     def event(self, what: str, **values: Any) -> None:
         row = {"time": time.time(), "event": what, **values}
@@ -105,16 +111,20 @@ class Run:
 
 
 def read_config(folder: Path) -> Config:
-    """The config of the run in `folder`. Own code is taken from the run's `code/`."""
-    values = read_json(folder / "config.json", "config")
-    config = from_dict(Config, values["config"])
-    text = json.dumps(to_dict(config))
-    for reference in references(config).values():
-        target = reference.rpartition(":")[0]
-        kept = folder / "code" / Path(target).name
-        if kept.is_file():
-            text = text.replace(json.dumps(target)[1:-1] + ":", json.dumps(str(kept))[1:-1] + ":")
-    return from_dict(Config, json.loads(text))
+    """The config of the run in `folder`; its own code is the copy in the run's `code/`."""
+    values = _read(folder)
+    config = from_dict(Config, values["config"], str(folder / "config.json"))
+    copies = {source: folder.resolve() / copy for source, copy in values.get("code", {}).items()}
+    return with_files(config, lambda source: str(copies.get(source, source)))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    values = read_json(path, "config")
+    for name in ("fingerprint", "data_fingerprint", "config"):
+        if name not in values:
+            raise JaxlmError(f"{path}: damaged, no field {name!r}")
+    return values
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str:

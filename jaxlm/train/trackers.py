@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,27 @@ from jaxlm.schema import UserError, to_dict
 
 
 class Trackers:
-    """Sends a run's rows on. Raises UserError saying what to install for what is missing."""
+    """Sends a run's rows on while in its `with`. Raises UserError saying what to install."""
 
-    def __init__(self, names: Sequence[str], config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path) -> None:
         self.board: Any = None
         self.services: list[Any] = []
-        for name in names:
+        for name in config.train.track:
+            module = need(name)
             if name == "tensorboard":
-                self.board = _module("tensorboardX", name).SummaryWriter(
-                    str(folder / "tensorboard")
-                )
+                self.board = module.SummaryWriter(str(folder / "tensorboard"))
             else:  # wandb and trackio share one interface
-                service = _module(name, name)
-                service.init(project="jaxlm", name=config.name, config=to_dict(config))
-                self.services.append(service)
+                module.init(project="jaxlm", name=config.name, config=to_dict(config))
+                self.services.append(module)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.board is not None:
+            self.board.close()
+        for service in self.services:
+            service.finish()
 
     def row(self, row: dict[str, Any]) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
@@ -38,17 +44,15 @@ class Trackers:
         for service in self.services:
             service.log(numbers, step=row["step"])
 
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
-        for service in self.services:
-            service.finish()
+
+_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
-def _module(module: str, name: str) -> Any:
+def need(name: str) -> Any:
+    """The module of a tracker. Raises UserError saying what to install if it is missing."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(_MODULES[name])
     except ImportError as e:
         raise UserError(
-            f"--track={name}: {module} is not installed: pip install -e '.[{name}]'"
+            f"--track={name}: {_MODULES[name]} is not installed: pip install 'jaxlm[{name}]'"
         ) from e
