@@ -30,16 +30,23 @@ def config(model=None, train=None, optimizer=None, sizes=(1, 1, 1), **rest) -> C
 
 
 @contextlib.contextmanager
-def on_mesh(config: Config, quick: bool = True):
-    """The config's mesh, set. `quick`: compile with little optimization, which takes half the time;
-    what is computed is the same up to rounding."""
-    n = int(np.prod([config.mesh.data, config.mesh.fsdp, config.mesh.tensor]))
-    jax.config.update("jax_disable_most_optimizations", quick)
+def compiled_quickly():
+    """Compile with little optimization, which takes half the time; what is computed is the same up
+    to rounding."""
+    jax.config.update("jax_disable_most_optimizations", True)
     try:
-        with jax.set_mesh(mesh.make(config, jax.devices()[:n])):
-            yield
+        yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
+def on_mesh(config: Config, quick: bool = True):
+    """The config's mesh, set."""
+    n = int(np.prod([config.mesh.data, config.mesh.fsdp, config.mesh.tensor]))
+    how = compiled_quickly() if quick else contextlib.nullcontext()
+    with how, jax.set_mesh(mesh.make(config, jax.devices()[:n])):
+        yield
 
 
 def batch(config: Config, seed: int = 0, steps: int = 0) -> Batch:

