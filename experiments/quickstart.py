@@ -51,7 +51,7 @@ def get_sweep() -> Sweep:
         # From 3e11 FLOPs on loss follows a power law here; the sizes keep ≥ 1000 steps each.
         rungs=(
             Rung(3.5e11, sizes(24, 32, 40, 48), replicates=3),
-            Rung(7e11, sizes(32, 40, 48, 64)),
+            Rung(7e11, sizes(32, 40, 48, 64), replicates=2),
             Rung(1.4e12, sizes(40, 48, 64, 80)),
         ),
         holdout_flops=5.7e12,
