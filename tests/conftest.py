@@ -1,6 +1,17 @@
 """Tests run on 8 fake CPU devices; set before jax is imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+# One compilation cache for all processes of a test run, and not the user's own.
+if "JAXLM_TESTS_CACHE" not in os.environ:
+    made = tempfile.mkdtemp(prefix="jaxlm-tests-")
+    os.environ["JAXLM_TESTS_CACHE"] = made
+    os.environ["XDG_CACHE_HOME"] = made
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(made, "xla")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)

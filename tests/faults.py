@@ -1,7 +1,9 @@
 """What tests of faults share: a disk that fills up, and children that are killed."""
 
 import contextlib
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,9 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def start(code: str, *args: object, **kwargs) -> subprocess.Popen:
+def start(code: str, *args: object, env=None, **kwargs) -> subprocess.Popen:
     """A child that runs `code` on one CPU device, its output as text."""
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONWARNINGS": "ignore", **(env or {})}
     code = "if True:\n" + code
     command = [sys.executable, "-c", code, *map(str, args)]
     cwd = Path(__file__).parent
@@ -33,3 +35,76 @@ def start(code: str, *args: object, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=cwd, **kwargs
     )
+
+
+def words(folder: Path, files: int = 60) -> Path:
+    """A folder of distinct small texts, 2 KB each, the same at each call."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    known = ("the", "a", "sky", "sea", "blue", "wide", "is", "was", "and", "of", "tree", "red")
+    for i in range(files):
+        text = " ".join(draw.choice(known) for _ in range(400))
+        (folder / f"{i}.txt").write_text(f"{text} {i}.\n")
+    return folder
+
+
+# Compiles in half the time what computes the same up to rounding.
+QUICK = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def command(*arguments: object, **kwargs) -> subprocess.Popen:
+    """`jaxlm …` as a process of its own, on one CPU device."""
+    whole = [sys.executable, "-m", "jaxlm", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    env = {**os.environ, **QUICK}
+    return subprocess.Popen(whole, stdout=pipe, stderr=pipe, text=True, env=env, **kwargs)
+
+
+_SERVER = """
+    import json, os, sys
+    import grain.python, orbax.checkpoint, jaxlm.api, jaxlm.job
+    from jaxlm.main import main
+
+    for line in sys.stdin:
+        arguments, log = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1), os.dup2(out, 2)
+            code = 99  # of a traceback
+            try:
+                main(arguments)
+            except SystemExit as e:
+                code = e.code
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Sittings:
+    """`jaxlm …` in process after process, forked from one that has imported everything."""
+
+    def __init__(self, log: Path):
+        self.log = log
+        self.server = start(_SERVER, stdin=subprocess.PIPE, env=QUICK)
+
+    def begin(self, *arguments: object) -> int:
+        """Starts a process; its pid."""
+        self.server.stdin.write(json.dumps([list(map(str, arguments)), str(self.log)]) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def end(self) -> int:
+        """The exit code, -n after signal n; waits for it."""
+        return int(self.server.stdout.readline())
+
+    def run(self, *arguments: object) -> int:
+        self.begin(*arguments)
+        return self.end()
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.communicate()
