@@ -131,10 +131,11 @@ def test_a_run_stopped_anywhere_and_resumed_is_bitwise_the_uninterrupted_run(tmp
 
 
 def test_a_population_is_its_members_and_resumes_bitwise(tmp_path):
+    sizes = (2, 1, 2)
     members = [
-        tiny("a"),
-        tiny("b", {"learning_rate": 1e-3, "weight_decay": 0.3}, seed=1),
-        tiny("c", {"warmup_fraction": 0.5, "final_fraction": 0.2}, seed=2),
+        tiny("a", sizes=sizes),
+        tiny("b", {"learning_rate": 1e-3, "weight_decay": 0.3}, seed=1, sizes=sizes),
+        tiny("c", {"warmup_fraction": 0.5, "final_fraction": 0.2}, seed=2, sizes=sizes),
     ]
     with small.on_mesh(members[0]):
         done = fit(members, tmp_path / "whole")

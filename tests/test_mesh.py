@@ -80,6 +80,7 @@ def test_parameters_lie_where_the_rules_say():
     expected = {
         ("embedding",): ("tensor", "fsdp"),
         ("layers", "attention", "query"): (None, "fsdp", "tensor", None),
+        ("layers", "attention", "key"): (None, "fsdp", "tensor", None),
         ("layers", "attention", "out"): (None, "tensor", None, "fsdp"),
         ("layers", "feed_forward", "up"): (None, "fsdp", "tensor"),
         ("layers", "feed_forward", "down"): (None, "tensor", "fsdp"),

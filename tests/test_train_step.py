@@ -80,7 +80,8 @@ MEMBERS = [
 
 
 def member(seed=0, steps=10, **optimizer):
-    return small.config(train={"steps": steps}, optimizer={"eps": 1e-5, **optimizer}, seed=seed)
+    optimizer = {"eps": 1e-5, **optimizer}
+    return small.config(train={"steps": steps}, optimizer=optimizer, seed=seed)
 
 
 def trained(config, batches, population=()):
