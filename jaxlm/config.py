@@ -314,6 +314,9 @@ def located(experiment: Config | Sweep, folder: str | Path = ".") -> Any:
     """
     if isinstance(experiment, Sweep):
         sweep = checked(experiment, "config")
+        for name in ("holdout_flops", "workers", "bootstrap"):
+            if getattr(sweep, name) < 0:
+                raise UserError(f"config.{name}: expected at least 0, got {getattr(sweep, name)}")
         base = _located(validate(sweep.base, "config.base"), Path(folder), "config.base")
         return dataclasses.replace(sweep, base=base)
     return _located(validate(experiment), Path(folder), "config")

@@ -14,9 +14,12 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from absl import logging
 
 from jaxlm.schema import JaxlmError, UserError
 
@@ -232,17 +235,14 @@ class Mirror:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:16]
         self.local = cache / "jaxlm" / "mirror" / name
+        self._record = self.local.with_name(f"{name}.sent.json")  # size, mtime of each file there
 
     def pull(self) -> None:
         """Makes `.local` what is at the URL (a `.lock` in it stays). Raises JaxlmError."""
         if not self.remote:
             return
         self.local.mkdir(parents=True, exist_ok=True)
-        for old in self.local.iterdir():
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            elif old.name != ".lock":
-                old.unlink()
+        self._clear()
         try:
             found = self._fs.find(self._root)
             names = [str(p)[len(self._root) :].lstrip("/") for p in found]
@@ -254,6 +254,34 @@ class Mirror:
         except Exception as e:
             raise self._failed("cannot be fetched", e) from e
         self._sent = {name: _stamp(self.local / name) for name in names}
+        self._remember()
+
+    def _clear(self) -> None:
+        """Empties `.local`. What a failed push left unsent in it is set aside, not deleted."""
+        try:
+            sent = json.loads(self._record.read_text())
+        except (OSError, ValueError):
+            sent = {}
+        unsent = [n for n in self._names() if list(_stamp(self.local / n)) != sent.get(n)]
+        aside = self.local.with_name(f"{self.local.name}.unsent-{time.time_ns()}")
+        if unsent:
+            aside.mkdir()
+            logging.warning(
+                "%s: %d files were never sent; kept in %s", self.url, len(unsent), aside
+            )
+        for old in self.local.iterdir():
+            if old.name == ".lock":
+                continue
+            if unsent:
+                old.rename(aside / old.name)
+            elif old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
+
+    def _remember(self) -> None:
+        """What is at the URL, for a later process to tell what is not."""
+        write_bytes(self._record, json.dumps(self._sent).encode())
 
     def push(self, paths: Iterable[str | Path] = (".",)) -> None:
         """Sends what changed below `paths` (in `.local`, or relative to it), manifests last.
@@ -279,6 +307,7 @@ class Mirror:
                 del self._sent[n]
         except Exception as e:
             raise self._failed("cannot be sent to", e) from e
+        self._remember()
 
     def _names(self) -> list[str]:
         names = []

@@ -98,7 +98,8 @@ class Lines:
         rate = (board.flops - self.flops_at_start) / max(now - self.board_began, 1e-9)
         left = _clock((board.total_flops - board.flops) / rate) if rate else "–"
         running = ", ".join(
-            f"{name} {board.losses.get(name, float('nan')):.3f}" for name in board.running
+            f"{name} {board.losses[name]:.3f}" if name in board.losses else f"{name} compiling"
+            for name in board.running
         )
         self._progress(
             f"{board.flops / board.total_flops:4.0%}  {len(board.finished)} runs done"

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from jaxlm.config import Config, Sweep
 from jaxlm.model.scale import size
 from jaxlm.scaling.ladder import Member, candidates, members
+from jaxlm.scaling.runs import FEW_STEPS
 from jaxlm.schema import UserError
 
-# Fewer steps than this and a run is still in its steep early phase, off the power law.
-MIN_STEPS = 500
 CPU_FLOPS_PER_SECOND = 50e9  # two cores at ladder sizes, compilation included
 TOKENS_PER_PARAM = 20.0  # Hoffmann et al. 2022: where a budget's minimum is expected
 
@@ -123,11 +122,11 @@ def _warnings(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
                 f"{budget:.2g} FLOPs: sizes {sizes[0]:,.0f} … {sizes[-1]:,.0f} do not bracket"
                 f" {expected:,.0f}, where 20 tokens per parameter put the minimum"
             )
-    short = [r for r in rows if r.steps < MIN_STEPS]
+    short = [r for r in rows if r.steps < FEW_STEPS]
     if short:
         least = min(short, key=lambda r: r.steps)
         found.append(
-            f"{len(short)} of {len(rows)} runs take fewer than {MIN_STEPS} steps ({least.name}:"
+            f"{len(short)} of {len(rows)} runs take fewer than {FEW_STEPS} steps ({least.name}:"
             f" {least.steps}): likely still in the steep early phase"
         )
     if sweep.holdout_flops and budgets:

@@ -199,6 +199,8 @@ def score(folder: Path, member: Member, prediction: dict[str, Any], say: Say) ->
     error, ci95 = row.loss / prediction["loss"] - 1, prediction["ci95"]
     inside = ci95 is not None and ci95[0] <= row.loss <= ci95[1]
     close = abs(error) <= 0.02
+    narrow = ci95 is not None and prediction["half_width"] <= 0.05
+    verdict = "predicted" if close or (inside and narrow) else "too wide" if inside else "missed"
     body = {
         "format": "jaxlm.score/1",
         "run": member.name,
@@ -209,7 +211,7 @@ def score(folder: Path, member: Member, prediction: dict[str, Any], say: Say) ->
         "inside_interval": inside,
         "within_2_percent": close,
         "prediction_sha256": prediction["sha256"],
-        "verdict": "predicted" if inside or close else "missed",
+        "verdict": verdict,
     }
     _keep(folder / "score.json", body)
     say(

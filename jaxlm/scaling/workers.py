@@ -29,7 +29,7 @@ from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train import record
 
 Progress = Callable[["Board"], None]
-STOP_S = 10.0  # a worker saves and leaves within this after SIGTERM
+STOP_S = 7.0  # a worker saves and leaves within this after SIGTERM
 
 
 @dataclass

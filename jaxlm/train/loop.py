@@ -113,7 +113,7 @@ class _Loop:
     # ------------------------------------------------------------------------------------ the run
 
     def run(self) -> list[record.RunRecord]:
-        self.started = self.last_row = time.perf_counter()
+        self.started = self.fetched = time.perf_counter()
         self.state, self.step = self._start()
         if self.step:  # its evaluation came after the checkpoint
             self._observe_if_due()
@@ -229,6 +229,7 @@ class _Loop:
                     member.run.checkpoints.save(self.step, state, member.meta(self.step, seconds))
                 except NotFinite:  # the last update broke the parameters, its loss was still finite
                     self._diverge(i, member, self.step)
+        self.fetched = time.perf_counter()
 
     def _observe(self) -> None:
         for i, member in enumerate(self.members):
@@ -241,6 +242,7 @@ class _Loop:
                     for name in ("eval/loss", "eval/bpb"):
                         if name in row:
                             member.evals[name] = row[name]
+        self.fetched = time.perf_counter()
 
     # --------------------------------------------------------------------------------------- rows
 
@@ -251,6 +253,10 @@ class _Loop:
         end, metrics = self.pending
         self.pending = None
         values = jax.device_get(metrics)
+        now, steps = time.perf_counter(), values["train/loss"].shape[-1]
+        # Of this chunk, for one member; what evaluating and saving took is not training.
+        self.rate = steps * self.config.batch_tokens / max(now - self.fetched, 1e-9)
+        self.fetched = now
         for i, member in enumerate(self.members):
             if i not in self.diverged:
                 self._log_chunk(i, member, end, {k: self._of(i, v) for k, v in values.items()})
@@ -271,20 +277,16 @@ class _Loop:
                 member.losses.clear()
 
     def _row(self, step: int, values: dict[str, float]) -> dict[str, Any]:
-        now = time.perf_counter()
-        c, steps = self.config, self.config.train.log_every
-        rate = steps * c.batch_tokens / max(now - self.last_row, 1e-9)
-        self.last_row = now
         row = {
             "step": step,
-            "tokens": step * c.batch_tokens,
+            "tokens": step * self.config.batch_tokens,
             "flops": float(step * self.flops_per_step),
             **values,
-            "perf/tokens_per_s": rate,
+            "perf/tokens_per_s": self.rate,
         }
         peak = mesh.peak_flops()
         if peak:
-            row["perf/mfu"] = rate * self.flops_per_step / c.batch_tokens / peak
+            row["perf/mfu"] = self.rate * self.flops_per_step / self.config.batch_tokens / peak
         return row
 
     def _write(self, member: _Member, row: dict[str, Any]) -> None:
