@@ -186,9 +186,10 @@ def _experiment(values: Flags, overrides: list[tuple[str, str]], kind: type) -> 
 def _train(values: Flags, overrides: list[tuple[str, str]]) -> int:
     from jaxlm import show
 
-    for flag in ("track", "profile"):
-        if values[flag] is not None:
-            overrides.append((f"train.{flag}", repr(_tracked(values[flag]))))
+    if values["track"] is not None:
+        overrides.append(("train.track", repr(tuple(values["track"]))))
+    if values["profile"] is not None:
+        overrides.append(("train.profile", values["profile"]))
     config = _experiment(values, overrides, Config)
     from jaxlm import api
     from jaxlm.train.workdir import StopFlag
@@ -207,10 +208,6 @@ def _train(values: Flags, overrides: list[tuple[str, str]]) -> int:
     if values["json"]:
         print(json.dumps(show.plain(row)))
     return 0
-
-
-def _tracked(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _sweep(values: Flags, overrides: list[tuple[str, str]]) -> int:

@@ -124,6 +124,12 @@ def test_a_run_from_the_command_line_ends_goes_on_and_speaks(
     row = json.loads(capsys.readouterr().out)
     assert row["prompt"] == "the sky" and isinstance(row["text"], str)
 
+    other = ("train", f"--config={experiment}", f"--workdir={tmp_path / 'watched'}", "--json")
+    assert call(*other, "--track=tensorboard", "--profile=5:10") == 0
+    assert list((tmp_path / "watched" / "tensorboard").glob("events*"))
+    assert any((tmp_path / "watched" / "profile").rglob("*.pb"))
+    capsys.readouterr()
+
     assert call("report", f"--workdir={run}") == 0
     assert (run / "report.html").stat().st_size > 1000
 
