@@ -2,7 +2,7 @@
 
 Command:  jaxlm train --config=experiments/own_parts.py --workdir=runs/own_parts
           jaxlm generate --workdir=runs/own_parts --prompt='12 + 34 = ' --temperature=0
-Cost:     about a minute on 2 cores.
+Cost:     38 CPU seconds on a busy machine.
 Result:   1.62 bits per byte on held-out pages, from 8: the form, not yet addition. The numbers that
           are added are random and carry 1.0; the rest is what knowing the sums would save.
 
