@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def ladder(share: float) -> Any:
-    from jaxlm.config import load
+    from jaxlm.experiment import load
 
     sweep = load(ROOT / "experiments" / "quickstart.py")
     rungs = tuple(dataclasses.replace(r, flops=r.flops * share) for r in sweep.rungs)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, Sweep, fingerprint, located
+from jaxlm.config import Config, Sweep
+from jaxlm.experiment import fingerprint, located
 from jaxlm.files import Mirror, read_json, write_json
 from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train.record import RunRecord

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxlm import config as configs
+from jaxlm import experiment as experiments
 from jaxlm.config import Config, Sweep
 from jaxlm.schema import JaxlmError, UserError, describe, hint, parse_literal
 
@@ -174,7 +174,7 @@ def _experiment(values: Flags, overrides: list[tuple[str, str]], kind: type) -> 
         raise UserError("--config: expected an experiment file, as in --config=experiments/x.py")
     if not values["workdir"]:
         raise UserError("--workdir: expected a folder, as in --workdir=runs/x")
-    experiment = configs.load(values["config"], overrides)
+    experiment = experiments.load(values["config"], overrides)
     if not isinstance(experiment, kind):
         verb = "sweep" if isinstance(experiment, Sweep) else "train"
         raise UserError(

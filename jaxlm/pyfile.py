@@ -96,3 +96,13 @@ def told_by_line(module: types.ModuleType, where: str) -> Iterator[None]:
             names = [f.name for f in dataclasses.fields(cls)]
             text = f"{misspelt[1]} has no field {misspelt[2]!r}; {hint(misspelt[2], names)}"
         raise UserError(f"{where}: {module.__file__}:{line}: {type(e).__name__}: {text}") from e
+
+
+def is_reference(text: str) -> bool:
+    """Whether this is 'file.py:name' or 'package.module:name'."""
+    target, colon, name = text.rpartition(":")
+    return (
+        bool(colon)
+        and name.isidentifier()
+        and (target.endswith(".py") or all(p.isidentifier() for p in target.split(".")))
+    )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm import config as configs
+from jaxlm import pyfile
 from jaxlm.config import (
     Config,
     DataConfig,
@@ -18,11 +18,10 @@ from jaxlm.config import (
     Shape,
     Sweep,
     TrainConfig,
-    fingerprint,
-    load,
-    resolve,
     validate,
 )
+from jaxlm.experiment import fingerprint, load
+from jaxlm.pyfile import resolve
 from jaxlm.schema import UserError, describe, from_dict, override, to_dict
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)
@@ -320,4 +319,4 @@ def test_the_text_of_own_files_is_part_of_the_identity(tmp_path):
 def test_a_fingerprint_is_stable_over_processes_and_json():
     assert len(fingerprint(Config())) == 16
     assert fingerprint(from_dict(Config, to_dict(Config()))) == fingerprint(Config())
-    assert configs.is_reference("a/b.py:f") and not configs.is_reference("stdlib")
+    assert pyfile.is_reference("a/b.py:f") and not pyfile.is_reference("stdlib")

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import api, config
+from jaxlm import api, pyfile
+from jaxlm import experiment as experiments
 from jaxlm.config import Config, DataConfig, OptimizerConfig
 from jaxlm.data.documents import read
 from jaxlm.files import read_json, read_jsonl
@@ -54,12 +55,12 @@ def test_the_shipped_example_trains_resumes_elsewhere_and_is_read_without_its_fi
     experiment, run = Path(shutil.copy(SHIPPED, mine)), tmp_path / "run"
 
     monkeypatch.chdir(here)
-    small = config.load("../mine/own_parts.py", SMALL)
+    small = experiments.load("../mine/own_parts.py", SMALL)
     assert small.model.layer == f"{experiment}:ParallelBlock"
     with pytest.raises(JaxlmError, match="stopped at step 10"):
         api.train(small, run, stop=StopAtOnce())
     monkeypatch.chdir(there)
-    done = api.train(config.load(experiment, SMALL), run)
+    done = api.train(experiments.load(experiment, SMALL), run)
 
     rows = [r for r in read_jsonl(run / "metrics.jsonl") if "train/loss" in r]
     assert [r["step"] for r in rows] == list(range(1, 21))
@@ -118,34 +119,34 @@ def test_a_file_is_looked_for_beside_the_experiment_then_in_the_working_director
     experiment.write_text(EXPERIMENT)
     monkeypatch.chdir(here)
     with pytest.raises(UserError) as e:
-        config.load(experiment)
+        experiments.load(experiment)
     for said in ("config.optimizer.schedule", str(mine / "parts.py"), str(here / "parts.py")):
         assert said in str(e.value)
     assert "\n" not in str(e.value)
 
     (here / "parts.py").write_text(FLAT.format(1.0))
-    assert config.load(experiment).optimizer.schedule == f"{here / 'parts.py'}:flat"
+    assert experiments.load(experiment).optimizer.schedule == f"{here / 'parts.py'}:flat"
     (mine / "parts.py").write_text(FLAT.format(0.5))
-    found = config.load(experiment)
+    found = experiments.load(experiment)
     assert found.optimizer.schedule == f"{mine / 'parts.py'}:flat"
-    from_python = config.located(Config(optimizer=OptimizerConfig(schedule="parts.py:flat")))
+    from_python = experiments.located(Config(optimizer=OptimizerConfig(schedule="parts.py:flat")))
     assert from_python.optimizer.schedule == f"{here / 'parts.py'}:flat"
 
     # What a file says is part of a run's identity, and where it lies is not.
-    assert config.fingerprint(found) != config.fingerprint(from_python)
+    assert experiments.fingerprint(found) != experiments.fingerprint(from_python)
     (here / "parts.py").write_text(FLAT.format(0.5))
-    assert config.fingerprint(found) == config.fingerprint(from_python)
+    assert experiments.fingerprint(found) == experiments.fingerprint(from_python)
 
 
 def test_a_file_that_changes_while_it_is_used_is_refused(tmp_path):
     own = tmp_path / "own.py"
     own.write_text("f = 1\n")
-    assert config.resolve(f"{own}:f", "config.x") == 1
+    assert pyfile.resolve(f"{own}:f", "config.x") == 1
     own.write_text("f = 2\n")  # as long, in the same second: no cache of bytecode may hide it
     with pytest.raises(UserError, match="has changed while in use"):
-        config.resolve(f"{own}:f", "config.x")
+        pyfile.resolve(f"{own}:f", "config.x")
     own.write_text("f = 1\n")
-    assert config.resolve(f"{own}:f", "config.x") == 1
+    assert pyfile.resolve(f"{own}:f", "config.x") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["own.py"]  # nothing is left beside it
 
 
@@ -154,7 +155,7 @@ def test_an_edited_experiment_is_read_anew(tmp_path):
     for steps in (7, 8):
         body = f"    return Config(train=TrainConfig(steps={steps}))\n"
         experiment.write_text("from jaxlm.config import *\ndef get_config():\n" + body)
-        assert config.load(experiment).train.steps == steps
+        assert experiments.load(experiment).train.steps == steps
 
 
 def test_two_files_of_one_name_are_both_kept(tmp_path):
@@ -172,6 +173,6 @@ def test_two_files_of_one_name_are_both_kept(tmp_path):
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
     kept = read_config(tmp_path / "run")
-    assert config.resolve(kept.optimizer.schedule, "x")(0, None) == 0.5
-    assert next(config.resolve(kept.data.sources[0], "x")()).startswith("a 0")
+    assert pyfile.resolve(kept.optimizer.schedule, "x")(0, None) == 0.5
+    assert next(pyfile.resolve(kept.data.sources[0], "x")()).startswith("a 0")
     assert dataclasses.replace(kept, data=tiny.data, optimizer=tiny.optimizer) == tiny

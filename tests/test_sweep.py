@@ -13,7 +13,8 @@ import jax
 import pytest
 from faults import QUICK, command, words
 
-from jaxlm import api, config, main
+from jaxlm import api, main
+from jaxlm import experiment as experiments
 from jaxlm.files import read_json, read_jsonl
 from jaxlm.model.scale import size
 from jaxlm.scaling import ladder
@@ -87,7 +88,7 @@ def test_a_sweep_from_one_command_to_its_page(tmp_path, monkeypatch, capsys):
     arguments = ("sweep", f"--config={path}", f"--workdir={folder}", "--json")
     assert exits(*arguments) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    sweep = config.load(path)
+    sweep = experiments.load(path)
     planned = ladder.members(sweep)
 
     # Half of the members diverge, together with one that does not; those are fitted.
@@ -198,7 +199,7 @@ def sittings(folder):
 def test_workers_and_parents_that_are_killed_or_stopped_lose_nothing(tmp_path, capsys):
     path, folder = experiment(tmp_path / "mine", LONG), tmp_path / "sweep"
     arguments = ("sweep", f"--config={path}", f"--workdir={folder}")
-    sweep = config.load(path)
+    sweep = experiments.load(path)
 
     # A worker is killed: another takes its place and its member. Then the parent is told to stop.
     parent = command(*arguments, cwd=tmp_path)

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from jaxlm.config import is_reference, resolve
 from jaxlm.files import first_line
+from jaxlm.pyfile import is_reference, resolve
 from jaxlm.schema import JaxlmError, UserError
 
 UNSTATED = "LicenseRef-unstated"

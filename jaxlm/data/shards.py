@@ -29,12 +29,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from jaxlm.config import DataConfig, is_reference
+from jaxlm.config import DataConfig
 from jaxlm.data import documents
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.documents import Tally
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.files import cannot_write, read_json, write_bytes, write_json
+from jaxlm.pyfile import is_reference
 from jaxlm.schema import JaxlmError, UserError, from_dict
 
 FORMAT = "jaxlm.data/1"

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from jaxlm.config import ModelConfig, resolve
+from jaxlm.config import ModelConfig
 from jaxlm.mesh import spec
 from jaxlm.model.attention import rotary_angles
 from jaxlm.model.layers import Block, Cache, Context, Decoder, Norm, use
+from jaxlm.pyfile import resolve
 from jaxlm.schema import UserError
 
 Params = dict[str, Any]

@@ -24,8 +24,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Sweep, fingerprint
+from jaxlm.config import Sweep
 from jaxlm.data import shards
+from jaxlm.experiment import fingerprint
 from jaxlm.files import plain, read_json, read_jsonl, write_json
 from jaxlm.model.scale import size as model_size
 from jaxlm.scaling import laws, runs

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import mesh
-from jaxlm.config import Config, Sweep, fingerprint
+from jaxlm.config import Config, Sweep
+from jaxlm.experiment import fingerprint
 from jaxlm.model.scale import size
 from jaxlm.scaling.ladder import Member
 from jaxlm.schema import JaxlmError, UserError

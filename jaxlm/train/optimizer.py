@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import optax.contrib
 
-from jaxlm.config import Config, OptimizerConfig, is_reference, resolve
+from jaxlm.config import Config, OptimizerConfig
 from jaxlm.model.scale import MATRICES, by_role, learning_rate_multipliers
 from jaxlm.model.transformer import Declared, table
+from jaxlm.pyfile import is_reference, resolve
 from jaxlm.schema import UserError, hint
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import Config, fingerprint, identity, references, with_files
+from jaxlm.config import Config
+from jaxlm.experiment import fingerprint, identity, references, with_files
 from jaxlm.files import append_jsonl, filter_jsonl, read_json, write_bytes, write_json
 from jaxlm.schema import JaxlmError, UserError, from_dict, to_dict
 from jaxlm.train import record

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import optax
 from jax import P
 
-from jaxlm.config import Config, DataConfig, is_reference, resolve
+from jaxlm.config import Config, DataConfig
 from jaxlm.data.loader import Batch
 from jaxlm.mesh import spec
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
+from jaxlm.pyfile import is_reference, resolve
 from jaxlm.schema import UserError
 from jaxlm.train import losses, optimizer
 from jaxlm.train.optimizer import Hyper
