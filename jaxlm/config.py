@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxlm import model_config
+from jaxlm.model_config import ModelConfig, Ranges
 from jaxlm.schema import UserError, checked, doc, part
 
 # ------------------------------------------------------------------------------------------ parts
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape and variant of the Transformer."""
-
-    d_model: int = doc(128, "width of the residual stream")
-    n_layers: int = doc(4, "number of blocks")
-    n_heads: int = doc(4, "query heads")
-    n_kv_heads: int | None = doc(None, "key/value heads (grouped-query attention); None: n_heads")
-    d_head: int | None = doc(None, "width of a head; None: d_model // n_heads")
-    d_ff: int | None = doc(None, "hidden width of the feed-forward layer; None: 4 * d_model")
-    vocab_size: int = doc(256, "number of token ids")
-    seq_len: int = doc(128, "tokens per sequence")
-    norm: Literal["rmsnorm", "layernorm"] = doc("rmsnorm", "normalisation, before each sub-layer")
-    positions: Literal["rope", "learned", "none"] = doc("rope", "how positions enter")
-    rope_theta: float = doc(10_000.0, "base of the rotary frequencies")
-    activation: Literal["gelu", "swiglu"] = doc("gelu", "feed-forward non-linearity")
-    qk_norm: bool = doc(False, "normalise queries and keys too, per head, as `norm` says")
-    bias: bool = doc(False, "biases in linear layers (and in LayerNorm)")
-    tie_embeddings: bool = doc(True, "the unembedding is the embedding's transpose")
-    parametrization: Literal["standard", "mup"] = doc(
-        "standard", "mup: hidden learning rates and the output scale as 1/width"
-    )
-    base_d_model: int = doc(64, "width at which mup equals standard")
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = doc(
-        "auto", "matmul and activation type; auto: float32 on CPU, bfloat16 elsewhere"
-    )
-    remat: Literal["none", "dots", "full"] = doc("none", "what the backward pass recomputes")
-    scan_layers: bool = doc(True, "scan over stacked layers; False unrolls (faster on small CPUs)")
-    layer: str = doc("", "own block, 'file.py:Class' (an nnx.Module like model.layers.Block)")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_head if self.d_head is not None else self.d_model // self.n_heads
-
-    @property
-    def ff_dim(self) -> int:
-        return self.d_ff if self.d_ff is not None else 4 * self.d_model
 
 
 @dataclass(frozen=True)
@@ -185,22 +144,20 @@ class Sweep:
     )
 
 
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+_RANGES: Ranges = (
     (
         "at least 1",
         lambda x: x >= 1,
-        "model.d_model model.n_layers model.n_heads model.n_kv_heads model.d_head model.d_ff"
-        " model.seq_len model.base_d_model data.eval_sequences train.steps train.global_batch_size"
-        " train.accumulation_steps train.steps_per_dispatch train.keep_checkpoints train.log_every",
+        "data.eval_sequences train.steps train.global_batch_size train.accumulation_steps"
+        " train.steps_per_dispatch train.keep_checkpoints train.log_every",
     ),
-    ("at least 2", lambda x: x >= 2, "model.vocab_size"),
     (
         "at least 0",
         lambda x: x >= 0,
         "optimizer.eps optimizer.weight_decay optimizer.grad_clip train.z_loss train.eval_every"
         " train.checkpoint_every train.sample_tokens",
     ),
-    ("above 0", lambda x: x > 0, "model.rope_theta data.max_epochs optimizer.learning_rate"),
+    ("above 0", lambda x: x > 0, "data.max_epochs optimizer.learning_rate"),
     ("above 0 and below 1", lambda x: 0 < x < 1, "data.eval_fraction"),
     (
         "at least 0 and below 1",
@@ -228,20 +185,18 @@ def validate(config: Config, where: str = "config") -> Config:
         near = _nearest_divisor(n, value)
         need(near == value, name, value, f"a divisor of {whole}={n} (nearest: {near})")
 
-    for expected, ok, names in _RANGES:
-        for name in names.split():
-            group, _, field = name.partition(".")
-            value = getattr(getattr(config, group), field)
-            need(value is None or ok(value), name, value, expected)
+    def in_range(ranges: Ranges, prefix: str) -> None:
+        for expected, ok, names in ranges:
+            for name in names.split():
+                value: Any = functools.reduce(getattr, f"{prefix}{name}".split("."), config)
+                need(value is None or ok(value), f"{prefix}{name}", value, expected)
+
+    in_range(_RANGES, "")
+    in_range(model_config.RANGES, "model.")
     if m.d_head is None:
         divides("model.n_heads (d_head is not set)", m.n_heads, "d_model", m.d_model)
     divides("model.n_kv_heads", m.kv_heads, "n_heads", m.n_heads)
-    need(
-        m.positions != "rope" or m.head_dim % 2 == 0,
-        "model.d_head",
-        m.head_dim,
-        f"an even width for rotary positions (nearest: {m.head_dim + 1})",
-    )
+    model_config.check_model(m, lambda ok, name, *rest: need(ok, f"model.{name}", *rest))
     need(len(config.data.sources) > 0, "data.sources", (), "at least one source")
     need(
         o.schedule != "wsd" or o.warmup_fraction + o.decay_fraction <= 1 + 1e-9,

@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "d_ff": "tensor",
     "d_head": None,
+    "experts": None,
     "seq": None,
     "layers": None,
     "population": None,
@@ -80,7 +81,11 @@ def check_divides(config: Config, shape: dict[str, int]) -> None:
         "model.d_model": (m.d_model, shape["fsdp"], "fsdp"),
         "model.n_heads": (m.n_heads, shape["tensor"], "tensor"),
         "model.n_kv_heads": (m.kv_heads, shape["tensor"], "tensor"),
-        "model.d_ff": (m.ff_dim, shape["tensor"], "tensor"),
+        ("model.moe.d_expert" if m.moe.n_experts else "model.d_ff"): (
+            m.expert_dim if m.moe.n_experts else m.ff_dim,
+            shape["tensor"],
+            "tensor",
+        ),
         "model.vocab_size": (m.vocab_size, shape["tensor"], "tensor"),
     }
     for name, (value, n, axis) in rows.items():

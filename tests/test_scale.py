@@ -72,8 +72,7 @@ def gradient(model, b):
     def loss(params, tokens, targets):
         where = jnp.broadcast_to(jnp.arange(t), (b, t))
         x_btd = transformer.hidden(model, params, tokens, where, jnp.ones((b, t), jnp.int32))
-        w_vd = transformer.unembedding(model, params)
-        return losses.token_losses(x_btd, w_vd, targets)[0].sum()
+        return losses.token_losses(model, params, x_btd, targets)[0].sum()
 
     return jax.grad(loss), (params, ints, ints)
 

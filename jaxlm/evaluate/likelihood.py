@@ -64,13 +64,11 @@ def _losses(config: ModelConfig, devices: Any) -> Any:
     del devices  # part of the key: traced for the mesh that is set
 
     def losses(params: Any, parts: Batch) -> jax.Array:
-        w_vd = transformer.unembedding(config, params)
-
         def some(part: Batch) -> jax.Array:
             x_btd = transformer.hidden(
                 config, params, part.tokens, part.positions, part.segment_ids
             )
-            return token_losses(x_btd, w_vd.astype(x_btd.dtype), part.targets)[0]
+            return token_losses(config, params, x_btd, part.targets)[0]
 
         return jax.lax.map(some, parts).astype(jnp.float32)
 

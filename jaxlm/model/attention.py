@@ -1,4 +1,4 @@
-"""Attention within documents, and rotary positions."""
+"""Attention within documents."""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ import jax.numpy as jnp
 from jaxlm.mesh import spec
 
 NEGATIVE = -1e30  # finite: a row without any allowed key must not become NaN
-
-
-def rotary_angles(
-    positions_bt: jax.Array, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [b, t, 1, k/2], of Su et al. 2021 (RoFormer) eq. 15."""
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions_bt[..., None].astype(jnp.float32) / theta**exponent
-    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-
-
-def rotate(x_bthk: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary positions in the half-split layout (GPT-NeoX, Llama): pairs are (i, i + k/2)."""
-    cos, sin = rope
-    a, b = jnp.split(x_bthk.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_bthk.dtype)
 
 
 def attend(

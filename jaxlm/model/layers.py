@@ -1,9 +1,7 @@
 """The layers, defined with Flax NNX and declared once.
 
-Every parameter is an `nnx.Param` with its logical axes, role and initial scale as metadata;
-`model.transformer.table` reads them back, and sharding, counts, weight decay and learning-rate
-multipliers all come from there. Shape suffixes: b batch, t query time, s key time, d d_model,
-h heads, g kv heads, r heads per kv head, k head dim, f d_ff, v vocab, l layers.
+Shape suffixes: b batch, t query time, s key time, d d_model, h heads, g kv heads, r heads per kv
+head, k head dim, f d_ff, v vocab, l layers.
 """
 
 from __future__ import annotations
@@ -16,7 +14,11 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.mesh import spec
-from jaxlm.model.attention import attend, rotate
+from jaxlm.model.attention import attend
+from jaxlm.model.moe import Experts, Sums
+from jaxlm.model.parts import Norm, activated, declare, dropout, use
+from jaxlm.model.positions import Rope, rotate
+from jaxlm.model_config import GATED
 
 Cache = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, [b, s, g, k] each."""
@@ -29,53 +31,14 @@ class Context(NamedTuple):
     segments_bt: jax.Array  # int32, the document of each query; 0 is padding
     segments_bs: jax.Array  # int32, the document of each key
     offset: jax.Array | int  # slot of the first query among the keys (0 but in cached decoding)
-    rope: tuple[jax.Array, jax.Array] | None  # cos, sin [b, t, 1, k/2]
-
-
-def declare(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], role: str, std: float
-) -> nnx.Param:
-    """A float32 parameter: N(0, std²), or ones for role 'gain', zeros for 'bias' or std 0.
-
-    Roles: embedding, unembedding, hidden (matrices: decay, Muon, 1/width in muP), gain, bias.
-    """
-    if role == "gain":
-        value = jnp.ones(shape, jnp.float32)
-    elif std == 0.0:
-        value = jnp.zeros(shape, jnp.float32)
-    else:
-        value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, axes=axes, role=role, std=std)
-
-
-def use(param: nnx.Param, like: jax.Array) -> jax.Array:
-    """The parameter as a matmul wants it: gathered over fsdp, in the type of `like`."""
-    axes = param.get_metadata()["axes"]
-    return jax.reshard(param[...].astype(like.dtype), spec(axes, gathered=True))
-
-
-class Norm(nnx.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), in float32."""
-
-    def __init__(self, width: int, axis: str, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.centred = config.norm == "layernorm"
-        self.gain = declare(rngs, (width,), (axis,), "gain", 1.0)
-        bias = config.bias and self.centred
-        self.bias = declare(rngs, (width,), (axis,), "bias", 0.0) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        if self.centred:
-            x32 = x32 - x32.mean(-1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-5)
-        y = y * use(self.gain, y)
-        if self.bias is not None:
-            y = y + use(self.bias, y)
-        return y.astype(x.dtype)
+    rope: Rope | None
+    window: jax.Array | int | None = None  # slots that this layer sees, the query's own included
+    causal: bool = True
+    key: jax.Array | None = None  # of this layer's dropout; None: nothing is dropped
 
 
 class Attention(nnx.Module):
-    """Multi-head or grouped-query causal attention within documents."""
+    """Multi-head or grouped-query attention within documents."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_dim
@@ -90,21 +53,22 @@ class Attention(nnx.Module):
             self.value_bias = declare(rngs, (g, k), ("kv_heads", "d_head"), "bias", 0.0)
             self.out_bias = declare(rngs, (d,), ("d_model",), "bias", 0.0)
         self.has_bias = config.bias
-        self.query_norm = Norm(k, "d_head", config, rngs=rngs) if config.qk_norm else None
-        self.key_norm = Norm(k, "d_head", config, rngs=rngs) if config.qk_norm else None
+        self.soft_cap, self.scale = config.attention_soft_cap, config.attention_scale
+        self.over_all = config.qk_norm_over == "projection"
+
+        def norm(heads: int, axis: str) -> Norm | None:
+            if not config.qk_norm:
+                return None
+            width, axis = (heads * k, axis) if self.over_all else (k, "d_head")
+            return Norm(width, axis, config, rngs=rngs)
+
+        self.query_norm, self.key_norm = norm(h, "heads"), norm(g, "kv_heads")
 
     def __call__(
         self, x_btd: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        q_bthk = jnp.einsum("btd,dhk->bthk", x_btd, use(self.query, x_btd))
-        k_bsgk = jnp.einsum("btd,dgk->btgk", x_btd, use(self.key, x_btd))
-        v_bsgk = jnp.einsum("btd,dgk->btgk", x_btd, use(self.value, x_btd))
-        if self.has_bias:
-            q_bthk = q_bthk + use(self.query_bias, x_btd)
-            k_bsgk = k_bsgk + use(self.key_bias, x_btd)
-            v_bsgk = v_bsgk + use(self.value_bias, x_btd)
-        if self.query_norm is not None and self.key_norm is not None:
-            q_bthk, k_bsgk = self.query_norm(q_bthk), self.key_norm(k_bsgk)
+        q_bthk = self.queries(x_btd)
+        k_bsgk, v_bsgk = self.keys_values(x_btd)
         if context.rope is not None:
             q_bthk, k_bsgk = rotate(q_bthk, context.rope), rotate(k_bsgk, context.rope)
         if cache is not None:
@@ -113,20 +77,48 @@ class Attention(nnx.Module):
             v_bsgk = jax.lax.dynamic_update_slice(cache[1], v_bsgk.astype(cache[1].dtype), at)
             cache = (k_bsgk, v_bsgk)
         y_bthk = attend(
-            q_bthk, k_bsgk, v_bsgk, context.segments_bt, context.segments_bs, context.offset
-        )
+            q_bthk, k_bsgk, v_bsgk, context.segments_bt, context.segments_bs, context.offset,
+            causal=context.causal, window=context.window, soft_cap=self.soft_cap, scale=self.scale,
+        )  # fmt: skip
+        return self.outputs(y_bthk), cache
+
+    def queries(self, x_btd: jax.Array) -> jax.Array:
+        """[b, t, h, k], before rotation."""
+        q_bthk = jnp.einsum("btd,dhk->bthk", x_btd, use(self.query, x_btd))
+        q_bthk = q_bthk + use(self.query_bias, x_btd) if self.has_bias else q_bthk
+        return self._normed(self.query_norm, q_bthk)
+
+    def keys_values(self, x_bsd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[b, s, g, k] each, before rotation."""
+        k_bsgk = jnp.einsum("btd,dgk->btgk", x_bsd, use(self.key, x_bsd))
+        v_bsgk = jnp.einsum("btd,dgk->btgk", x_bsd, use(self.value, x_bsd))
+        if self.has_bias:
+            k_bsgk = k_bsgk + use(self.key_bias, x_bsd)
+            v_bsgk = v_bsgk + use(self.value_bias, x_bsd)
+        return self._normed(self.key_norm, k_bsgk), v_bsgk
+
+    def _normed(self, norm: Norm | None, x_bthk: jax.Array) -> jax.Array:
+        if norm is None:
+            return x_bthk
+        if not self.over_all:
+            return norm(x_bthk)
+        b, t, h, k = x_bthk.shape
+        flat = norm(x_bthk.reshape(b, t, h * k, out_sharding=spec(("batch", "seq", "heads"))))
+        return flat.reshape(b, t, h, k, out_sharding=spec(("batch", "seq", "heads", None)))
+
+    def outputs(self, y_bthk: jax.Array) -> jax.Array:
         out_spec = spec(("batch", "seq", None))
-        y_btd = jnp.einsum("bthk,hkd->btd", y_bthk, use(self.out, x_btd), out_sharding=out_spec)
-        return (y_btd + use(self.out_bias, x_btd) if self.has_bias else y_btd), cache
+        y_btd = jnp.einsum("bthk,hkd->btd", y_bthk, use(self.out, y_bthk), out_sharding=out_spec)
+        return y_btd + use(self.out_bias, y_btd) if self.has_bias else y_btd
 
 
 class FeedForward(nnx.Module):
-    """Two matrices around GELU, or SwiGLU's three (Shazeer 2020)."""
+    """Two matrices around a non-linearity, or the three of a gated one (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        d, f = config.d_model, config.ff_dim
+    def __init__(self, config: ModelConfig, width: int | None = None, *, rngs: nnx.Rngs) -> None:
+        d, f = config.d_model, config.ff_dim if width is None else width
         out_std = f**-0.5 / (2 * config.n_layers) ** 0.5
-        gated = config.activation == "swiglu"
+        self.kind, gated = config.activation, config.activation in GATED
         self.up = declare(rngs, (d, f), ("d_model", "d_ff"), "hidden", d**-0.5)
         self.gate = declare(rngs, (d, f), ("d_model", "d_ff"), "hidden", d**-0.5) if gated else None
         self.down = declare(rngs, (f, d), ("d_ff", "d_model"), "hidden", out_std)
@@ -137,39 +129,71 @@ class FeedForward(nnx.Module):
         y_btf = jnp.einsum("btd,df->btf", x_btd, use(self.up, x_btd))
         if self.up_bias is not None:
             y_btf = y_btf + use(self.up_bias, x_btd)
+        gate_btf = None
         if self.gate is not None:
             gate_btf = jnp.einsum("btd,df->btf", x_btd, use(self.gate, x_btd))
-            y_btf = jax.nn.silu(gate_btf) * y_btf
-        else:
-            y_btf = gelu(y_btf)
+        y_btf = activated(self.kind, y_btf, gate_btf)
         out_spec = spec(("batch", "seq", None))
         y_btd = jnp.einsum("btf,fd->btd", y_btf, use(self.down, x_btd), out_sharding=out_spec)
         return y_btd if self.down_bias is None else y_btd + use(self.down_bias, x_btd)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU's tanh form, written with the logistic function: the same number, fewer operations."""
-    return x * jax.nn.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-
-
 class Block(nnx.Module):
-    """Pre-norm Transformer block: x + attention(norm(x)), then x + feed_forward(norm(x)).
+    """Transformer block: attention, then a feed-forward layer or experts, each added to its input
+    and normalised where `norm_placement` says.
 
-    `model.layer = 'file.py:Class'` puts another class with the same two signatures in its place.
+    `model.layer = 'file.py:Class'` puts another class with the same two signatures in its place;
+    its third output may be left out.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = Norm(config.d_model, "d_model", config, rngs=rngs)
+        def norm(here: bool) -> Norm | None:
+            return Norm(config.d_model, "d_model", config, rngs=rngs) if here else None
+
+        before, after = (config.norm_placement in w for w in ("pre both", "post output both"))
+        moe = config.moe
+        self.config = config
+        self.attention_norm = norm(before)
         self.attention = Attention(config, rngs=rngs)
-        self.feed_forward_norm = Norm(config.d_model, "d_model", config, rngs=rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
+        self.attention_out_norm = norm(after)
+        self.feed_forward_norm = norm(before)
+        self.feed_forward = None if moe.n_experts else FeedForward(config, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs) if moe.n_experts else None
+        shared = moe.n_shared_experts * config.expert_dim if moe.n_experts else 0
+        self.shared_experts = FeedForward(config, shared, rngs=rngs) if shared else None
+        self.feed_forward_out_norm = norm(after)
 
     def __call__(
         self, x_btd: jax.Array, context: Context, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        y_btd, cache = self.attention(self.attention_norm(x_btd), context, cache)
-        x_btd = x_btd + y_btd
-        return x_btd + self.feed_forward(self.feed_forward_norm(x_btd)), cache
+    ) -> tuple[jax.Array, Cache | None, Sums]:
+        y_btd, cache = self.attention(_maybe(self.attention_norm, x_btd), context, cache)
+        y_btd = dropout(y_btd, self.config.dropout, context.key, 0)
+        if self.config.parallel_residual:
+            f_btd, sums = self._fed(x_btd, context)
+            return x_btd + y_btd + f_btd, cache, sums
+        x_btd = self._added(x_btd, y_btd, self.attention_out_norm)
+        y_btd, sums = self._fed(x_btd, context)
+        return self._added(x_btd, y_btd, self.feed_forward_out_norm), cache, sums
+
+    def _fed(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
+        x_btd, sums = _maybe(self.feed_forward_norm, x_btd), Sums()
+        if self.experts is not None:
+            y_btd, sums = self.experts(x_btd, context.segments_bt)
+            if self.shared_experts is not None:
+                y_btd = y_btd + self.shared_experts(x_btd)
+        else:
+            assert self.feed_forward is not None
+            y_btd = self.feed_forward(x_btd)
+        return dropout(y_btd, self.config.dropout, context.key, 1), sums
+
+    def _added(self, x_btd: jax.Array, y_btd: jax.Array, norm: Norm | None) -> jax.Array:
+        if norm is None:
+            return x_btd + y_btd
+        return norm(x_btd + y_btd) if self.config.norm_placement == "post" else x_btd + norm(y_btd)
+
+
+def _maybe(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -185,7 +209,8 @@ class Decoder(nnx.Module):
             self.positions = declare(rngs, shape, axes, "embedding", 0.02)
         keys = jax.random.split(rngs.params(), config.n_layers)
         self.layers = jax.vmap(lambda key: block(config, rngs=nnx.Rngs(params=key)))(keys)
-        self.norm = Norm(d, "d_model", config, rngs=rngs)
+        final = config.norm_placement != "post"
+        self.norm = Norm(d, "d_model", config, rngs=rngs) if final else None
         if not config.tie_embeddings:
             std = 0.0 if untied_mup else 0.02
             self.unembedding = declare(rngs, (v, d), ("vocab", "d_model"), "unembedding", std)

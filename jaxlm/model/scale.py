@@ -47,7 +47,7 @@ def size(config: ModelConfig) -> Size:
     rows = _rows(config)
     params = sum(math.prod(r.shape) for r in rows)
     embedding = sum(math.prod(r.shape) for r in rows if r.role in ("embedding", "unembedding"))
-    hidden = sum(math.prod(r.shape) for r in rows if r.role == "hidden")
+    hidden = sum(round(math.prod(r.shape) * r.active) for r in rows if r.role == "hidden")
     output = config.vocab_size * config.d_model
     scores = 12 * config.n_layers * config.n_heads * config.head_dim * config.seq_len
     return Size(params, params - embedding, 6 * (hidden + output) + scores)

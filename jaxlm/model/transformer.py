@@ -17,8 +17,9 @@ from jax import P
 
 from jaxlm.config import ModelConfig
 from jaxlm.mesh import spec
-from jaxlm.model.attention import rotary_angles
-from jaxlm.model.layers import Block, Cache, Context, Decoder, Norm, use
+from jaxlm.model.layers import Block, Cache, Context, Decoder, Norm, Sums
+from jaxlm.model.parts import dropout, use
+from jaxlm.model.positions import Rope, rotary
 from jaxlm.pyfile import resolve
 from jaxlm.schema import UserError
 
@@ -33,6 +34,7 @@ class Declared:
     axes: tuple[str, ...]
     role: str
     std: float
+    active: float  # share of it that one token is multiplied by
 
     @property
     def spec(self) -> P:
@@ -58,8 +60,8 @@ def table(config: ModelConfig) -> dict[str, Any]:
 
     def row(path: tuple[Any, ...], variable: Any) -> Declared:
         meta = variable.get_metadata()
-        stacked = ("layers",) if path[0] == "layers" else ()
-        return Declared(variable.shape, (*stacked, *meta["axes"]), meta["role"], meta["std"])
+        axes = (*(("layers",) if "layers" in path else ()), *meta["axes"])
+        return Declared(variable.shape, axes, meta["role"], meta["std"], meta["active"])
 
     rows = {path: row(path, v) for path, v in nnx.to_flat_state(_abstract(config)[2])}
     return nnx.traversals.unflatten_mapping(rows)
@@ -89,9 +91,24 @@ def hidden(
     positions_bt: jax.Array,
     segments_bt: jax.Array,
 ) -> jax.Array:
-    """Final hidden states [b, t, d] after the last norm; no cache."""
-    x_btd, _ = _run(config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, None)
-    return x_btd
+    """Final hidden states [b, t, d] after the last norm; no cache, nothing dropped."""
+    return hidden_and_sums(config, params, tokens_bt, positions_bt, segments_bt)[0]
+
+
+def hidden_and_sums(
+    config: ModelConfig,
+    params: Params,
+    tokens_bt: jax.Array,
+    positions_bt: jax.Array,
+    segments_bt: jax.Array,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Sums]:
+    """As `hidden`, and the mean over layers of what they report (`moe.router_sums`). `key`: of
+    dropout, which there is only with one."""
+    x_btd, _, sums = _run(
+        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, None, key
+    )
+    return x_btd, sums
 
 
 def hidden_cached(
@@ -108,7 +125,7 @@ def hidden_cached(
 
     Raises UserError for an own layer that keeps no cache.
     """
-    x_btd, cache_out = _run(
+    x_btd, cache_out, _ = _run(
         config, params, tokens_bt, positions_bt, segments_bt, segments_bs, offset, cache
     )
     if cache_out is None:
@@ -117,18 +134,20 @@ def hidden_cached(
 
 
 def logits(config: ModelConfig, params: Params, x_btd: jax.Array) -> jax.Array:
-    """Float32 logits [b, t, v]."""
+    """Float32 logits [b, t, v] of final hidden states."""
     w_vd = unembedding(config, params).astype(x_btd.dtype)
-    return jnp.einsum("btd,vd->btv", x_btd, w_vd, preferred_element_type=jnp.float32)
+    logits_btv = jnp.einsum("btd,vd->btv", x_btd, w_vd, preferred_element_type=jnp.float32)
+    cap = config.final_soft_cap
+    return logits_btv if cap is None else cap * jnp.tanh(logits_btv / cap)
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:
-    """The output matrix [v, d], gathered over fsdp, muP's output scale included."""
+    """The output matrix [v, d], gathered over fsdp, muP's or T5's output scale included."""
     w_vd = params["embedding"] if config.tie_embeddings else params["unembedding"]
     w_vd = jax.reshard(w_vd, spec(("vocab", "d_model"), gathered=True))
     if config.tie_embeddings and config.parametrization == "mup":
         w_vd = w_vd * (config.base_d_model / config.d_model)
-    return w_vd
+    return w_vd * config.d_model**-0.5 if config.scale_output else w_vd
 
 
 def apply(
@@ -156,50 +175,86 @@ def _run(
     segments_bs: jax.Array,
     offset: jax.Array | int,
     cache: Cache | None,
-) -> tuple[jax.Array, Cache | None]:
-    rope = None
-    if config.positions == "rope":
-        rope = rotary_angles(positions_bt, config.head_dim, config.rope_theta)
-    context = Context(positions_bt, segments_bt, segments_bs, offset, rope)
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Cache | None, Sums]:
     graph, block_graph, _ = _abstract(config)
     decoder = nnx.merge(graph, params)
-    x_btd = _embed(config, decoder, tokens_bt, positions_bt)
+    ropes = _ropes(config, positions_bt)
+    context = Context(positions_bt, segments_bt, segments_bs, offset, ropes[0])
+    x_btd = _embed(config, decoder, tokens_bt, positions_bt, key)
 
-    def block(x_btd: jax.Array, layer: Any) -> tuple[jax.Array, Cache | None]:
-        weights, cache = layer
-        return nnx.merge(block_graph, weights)(x_btd, context, cache)
+    def block(local: bool | None, x_btd: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, cache, key, scanned = layer
+        window, rope = _seen(config, scanned if local is None else local, ropes)
+        here = context._replace(window=window, rope=rope, key=key)
+        x_btd, cache, *sums = nnx.merge(block_graph, weights)(x_btd, here, cache)
+        return x_btd, (cache, sums[0] if sums else {})
 
-    if config.remat != "none":
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = jax.checkpoint(block, policy=saved if config.remat == "dots" else None)
-    x_btd, cache = _through(config, block, x_btd, params["layers"], cache)
-    norm: Norm = decoder.norm
-    return norm(x_btd), cache
+    x_btd, (cache, sums) = _through(config, block, x_btd, params["layers"], cache, key)
+    norm: Norm | None = decoder.norm
+    sums = {name: x.mean() for name, x in sums.items()}
+    return x_btd if norm is None else norm(x_btd), cache, sums
 
 
-def _embed(config: ModelConfig, decoder: Decoder, tokens: jax.Array, where: jax.Array) -> jax.Array:
+def _embed(
+    config: ModelConfig, decoder: Decoder, tokens: jax.Array, where: jax.Array, key: Any
+) -> jax.Array:
     like = jnp.zeros((), compute_dtype(config))
     out = spec(("batch", "seq", None))
     # The table is gathered whole: a lookup in a vocab-sharded table has no cheap rule.
     x_btd = (
         jax.reshard(use(decoder.embedding, like), P(None, None)).at[tokens].get(out_sharding=out)
     )
+    if config.scale_embeddings:
+        x_btd = x_btd * config.d_model**0.5
     if config.positions == "learned":
         x_btd = x_btd + use(decoder.positions, like).at[where].get(out_sharding=out)
-    return x_btd
+    return dropout(x_btd, config.dropout, key, 0)
+
+
+def _ropes(config: ModelConfig, positions_bt: jax.Array) -> list[Rope | None]:
+    """Of global layers and of local ones."""
+    if config.positions != "rope":
+        return [None, None]
+    rope = rotary(config, positions_bt)
+    return [rope, rope if config.local_rope_theta is None else rotary(config, positions_bt, True)]
+
+
+def _seen(config: ModelConfig, local: Any, ropes: list[Rope | None]) -> tuple[Any, Rope | None]:
+    """The window and the rotation of a layer; `local` is a bool, or a scanned array of them."""
+    if isinstance(local, bool) or config.sliding_window is None:
+        return config.sliding_window if local else None, ropes[local]
+    window = jnp.where(local, config.sliding_window, jnp.iinfo(jnp.int32).max)
+    if ropes[0] is ropes[1]:
+        return window, ropes[0]
+    return window, jax.tree.map(lambda far, near: jnp.where(local, near, far), *ropes)
 
 
 def _through(
-    config: ModelConfig, block: Any, x_btd: jax.Array, layers: Params, cache: Cache | None
-) -> tuple[jax.Array, Cache | None]:
-    """All blocks in order: one scanned body, or unrolled."""
+    config: ModelConfig, block: Any, x_btd: jax.Array, layers: Params, cache: Any, key: Any
+) -> tuple[jax.Array, tuple[Any, Sums]]:
+    """All blocks in order: one scanned body, or unrolled. Caches and sums come back stacked."""
+    n, local = config.n_layers, config.local
+
+    def of(local: bool | None) -> Any:
+        f = functools.partial(block, local)
+        if config.remat == "none":
+            return f
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(f, policy=saved if config.remat == "dots" else None)
+
+    keys = None if key is None else jax.random.split(jax.random.fold_in(key, 1), n)
     if config.scan_layers:
-        return jax.lax.scan(block, x_btd, (layers, cache))
-    caches = []
-    for i, weights in enumerate(unstack(layers, config.n_layers)):
-        x_btd, new = block(x_btd, (weights, jax.tree.map(lambda a, i=i: a[i], cache)))
-        caches.append(new)
-    return x_btd, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)
+        alike = len(set(local)) == 1
+        scanned = None if alike else jnp.array(local)
+        body = of(local[0] if alike else None)
+        return jax.lax.scan(body, x_btd, (layers, cache, keys, scanned))
+    outs = []
+    for i, weights in enumerate(unstack(layers, n)):
+        here = jax.tree.map(lambda a, i=i: a[i], (cache, keys))
+        x_btd, out = of(local[i])(x_btd, (weights, *here, None))
+        outs.append(out)
+    return x_btd, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

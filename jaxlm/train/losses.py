@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import Config
+from jaxlm.config import Config, ModelConfig
 from jaxlm.data.loader import Batch
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
@@ -21,23 +21,42 @@ def next_token(
     config: Config, params: Params, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Sums]:
     """Cross-entropy of the next token in nats, summed over weights, plus z_loss · log(Z)²."""
-    del key
-    x_btd = transformer.hidden(
-        config.model, params, batch.tokens, batch.positions, batch.segment_ids
-    )
-    w_vd = transformer.unembedding(config.model, params).astype(x_btd.dtype)
-    nll_bt, log_z_bt = token_losses(x_btd, w_vd, batch.targets)
-    loss = jnp.sum(nll_bt * batch.weights)
+    x_btd, sums = transformer.hidden_and_sums(
+        config.model, params, batch.tokens, batch.positions, batch.segment_ids,
+        key if config.model.dropout else None,
+    )  # fmt: skip
+    return summed(config, params, x_btd, sums, batch.targets, batch.weights)
+
+
+def summed(
+    config: Config,
+    params: Params,
+    x_btd: jax.Array,
+    sums: Sums,
+    targets_bt: jax.Array,
+    weights_bt: jax.Array,
+) -> tuple[jax.Array, Sums]:
+    """Cross-entropy and z-loss of final hidden states, and what the layers add to it, summed over
+    weights. `sums` are means, as from `transformer.hidden_and_sums`; they come back as sums."""
+    nll_bt, log_z_bt = token_losses(config.model, params, x_btd, targets_bt)
+    loss = jnp.sum(nll_bt * weights_bt)
     if config.train.z_loss:
-        loss = loss + config.train.z_loss * jnp.sum(jnp.square(log_z_bt) * batch.weights)
-    return loss, {}
+        loss = loss + config.train.z_loss * jnp.sum(jnp.square(log_z_bt) * weights_bt)
+    if not sums:
+        return loss, {}
+    total, moe = jnp.sum(weights_bt), config.model.moe
+    sums = {name: total * value for name, value in sums.items()}
+    if moe.n_experts:
+        loss = loss + moe.balance_loss * sums["moe/balance"]
+        loss = loss + moe.router_z_loss * sums["moe/router_z"]
+    return loss, sums
 
 
 def token_losses(
-    x_btd: jax.Array, w_vd: jax.Array, targets_bt: jax.Array
+    config: ModelConfig, params: Params, x_btd: jax.Array, targets_bt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood and log Z, float32 [b, t], of each target."""
-    logits_btv = jnp.einsum("btd,vd->btv", x_btd, w_vd, preferred_element_type=jnp.float32)
+    logits_btv = transformer.logits(config, params, x_btd)
     log_z_bt = jax.nn.logsumexp(logits_btv, axis=-1)
     # A comparison instead of a gather: it also works, and stays local, when vocab is sharded.
     hit_btv = targets_bt[..., None] == jnp.arange(logits_btv.shape[-1], dtype=targets_bt.dtype)

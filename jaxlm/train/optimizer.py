@@ -129,10 +129,11 @@ def _muon(config: Config) -> optax.GradientTransformation:
 
 
 def _matrix_axes(row: Declared) -> Any:
-    """Which axes of a hidden matrix are its input and which its output; others are masked."""
+    """Which axes of a hidden matrix are its input and which its output (the rest: many matrices);
+    other parameters are masked."""
     if row.role != "hidden":
         return optax.MaskedNode()
-    first = 1 if row.axes[0] == "layers" else 0
+    first = next(i for i, axis in enumerate(row.axes) if axis not in ("layers", "experts"))
     inner = tuple(range(first, len(row.axes)))
     cut = len(inner) - 1 if row.axes[-1] == "d_model" else 1
     return optax.contrib.MuonDimensionNumbers(inner[:cut], inner[cut:])

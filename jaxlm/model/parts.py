@@ -1,0 +1,89 @@
+"""What layers are made of: declared parameters, norms, activations, dropout.
+
+Every parameter is an `nnx.Param` with its logical axes, role and initial scale as metadata;
+`model.transformer.table` reads them back, and sharding, counts, weight decay and learning-rate
+multipliers all come from there.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.config import ModelConfig
+from jaxlm.mesh import spec
+
+
+def declare(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    role: str,
+    std: float,
+    active: float = 1.0,
+) -> nnx.Param:
+    """A float32 parameter: N(0, std²), or ones for role 'gain', zeros for 'bias' or std 0.
+
+    Roles: embedding, unembedding, hidden (matrices: decay, Muon, 1/width in muP), gain, bias.
+    `active` is the share of it that one token is multiplied by (experts), for counting FLOPs.
+    """
+    if role == "gain":
+        value = jnp.ones(shape, jnp.float32)
+    elif std == 0.0:
+        value = jnp.zeros(shape, jnp.float32)
+    else:
+        value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes, role=role, std=std, active=active)
+
+
+def use(param: nnx.Param, like: jax.Array) -> jax.Array:
+    """The parameter as a matmul wants it: gathered over fsdp, in the type of `like`."""
+    axes = param.get_metadata()["axes"]
+    return jax.reshard(param[...].astype(like.dtype), spec(axes, gathered=True))
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), in float32."""
+
+    def __init__(self, width: int, axis: str, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.centred, self.eps = config.norm == "layernorm", config.norm_eps
+        self.gain = declare(rngs, (width,), (axis,), "gain", 1.0)
+        bias = config.bias and self.centred
+        self.bias = declare(rngs, (width,), (axis,), "bias", 0.0) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        if self.centred:
+            x32 = x32 - x32.mean(-1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        y = y * use(self.gain, y)
+        if self.bias is not None:
+            y = y + use(self.bias, y)
+        return y.astype(x.dtype)
+
+
+def activated(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """The non-linearity of a feed-forward layer; gated ones (Shazeer 2020) have two inputs."""
+    if gate is not None:
+        return (jax.nn.silu(gate) if kind == "swiglu" else gelu(gate)) * up
+    if kind == "gelu_exact":
+        return jax.nn.gelu(up, approximate=False)
+    if kind == "gelu":
+        return gelu(up)
+    y = jax.nn.relu(up)
+    return jnp.square(y) if kind == "relu2" else y
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU's tanh form, written with the logistic function: the same number, fewer operations."""
+    return x * jax.nn.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, place: int) -> jax.Array:
+    """`x` with a share `rate` set to 0 and the rest scaled up (Srivastava et al. 2014); `x` itself
+    without a key. `place` tells the uses of one key apart."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - rate, x.shape)
+    return jnp.where(jax.reshard(keep, jax.typeof(x).sharding), x / (1.0 - rate), 0.0)
