@@ -19,9 +19,12 @@ class DataConfig:
 
     sources: tuple[str, ...] = doc(
         ("stdlib",),
-        "'stdlib', folders, files or globs of .txt .md .py .jsonl(.gz), or 'file.py:function'",
+        "'stdlib', folders, files, globs or URLs (text, code, .jsonl .csv .parquet .html .warc …;"
+        " packages: 'x.deb!pattern'), or 'file.py:function'",
     )
     licence: str = doc("", "SPDX id of the text in `sources`; '' records LicenseRef-unstated")
+    text_field: str = doc("text", "which field of a record, or column of a table, is the text")
+    file_urls: bool = doc(False, "whether a source may be a file:// URL")
     tokenizer: str = doc("bytes", "'bytes', 'bpe' (trained here), or a path to a tokenizer.json")
     eval_fraction: float = doc(0.05, "share of documents held out for evaluation, by hash of text")
     eval_sequences: int = doc(256, "sequences in one evaluation")

@@ -164,6 +164,7 @@ def _request(data: DataConfig, vocab_size: int) -> dict[str, Any]:
     request: dict[str, Any] = {
         "sources": list(data.sources),
         "licence": data.licence,
+        "text_field": data.text_field,
         "tokenizer": data.tokenizer,
         "eval_fraction": data.eval_fraction,
     }
@@ -278,9 +279,10 @@ def _collect(
     40 bytes of memory per document; the texts themselves stay on disk.
     """
     total, done = documents.total_bytes(data.sources), 0
+    reading = documents.Reading(data.licence, data.text_field, data.file_urls)
     digests, stops, origin_of = bytearray(), array("q", [0]), array("i")
     origins: dict[tuple[str, str, str, str, str], int] = {}
-    for d in documents.read(data.sources, data.licence, tally):
+    for d in documents.read(data.sources, tally=tally, reading=reading):
         raw = d.text.encode()
         spool.write(raw)
         digests += hashlib.sha256(raw).digest()
