@@ -6,7 +6,7 @@ The command line calls the same functions; what they do can be told from the fol
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,15 +281,68 @@ def generate(
             )
 
 
-def fit(source: str | Path, **options: Any) -> dict[str, Any]:
-    """Scaling laws from a folder of runs or a CSV (`columns=` maps its names); see `laws.fit`."""
+def fit(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Sequence[str] = (),
+    count: str | None = None,
+    flops: str = "exact",
+    **options: Any,
+) -> dict[str, Any]:
+    """Approaches 1, 2 and 3 on a folder of runs or a CSV; see `runs.from_csv` for what chooses and
+    counts the rows and `laws.fit` for `options`. `count` None: "effective" for a folder, the
+    table's N otherwise."""
     from jaxlm.scaling import laws, runs
 
-    columns = options.pop("columns", None)
+    how: dict[str, Any] = {"flops": flops}
     if "://" not in str(source) and not Path(source).is_dir():
-        return laws.fit(runs.from_csv(source, columns or {}), **options)
+        table = runs.from_csv(source, columns or {}, where, count=count or "all", **how)  # type: ignore[arg-type]
+        return laws.fit(table, **options)
+    if columns or where:
+        raise UserError("--columns, --where: a folder of runs has fields of its own; use --law")
     with _folder(source) as folder:
-        return laws.fit(runs.from_folder(folder), **options)
+        return laws.fit(runs.from_folder(folder, count or "effective", **how), **options)  # type: ignore[arg-type]
+
+
+def fit_laws(
+    source: str | Path,
+    names: Sequence[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Sequence[str] = (),
+    holdout: Sequence[str] = (),
+    count: str | None = None,
+    flops: str = "exact",
+    for_compute: float | None = None,
+    at: Mapping[str, float] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Laws of `scaling.forms` by name, fitted to a table (jaxlm.laws/1); see `columns.read` for
+    what chooses the rows, `form_fit.fit` for `options` and the result, `form_use` for what
+    `for_compute` (FLOPs) and `at` (a point, by quantity) add."""
+    from jaxlm.scaling import columns as tables
+    from jaxlm.scaling import form_fit, form_use
+    from jaxlm.scaling.frontier import Refusal
+
+    is_folder = "://" in str(source) or Path(source).is_dir()
+    counted = count or ("effective" if is_folder else "all")
+    found = []
+    with _folder(source) if is_folder else contextlib.nullcontext(Path(source)) as path:
+        for name in names:
+            form = form_fit.form_of(name)
+            data = tables.read(path, form, columns, where, holdout, counted, flops)  # type: ignore[arg-type]
+            point = None if for_compute else at
+            try:
+                law = form_fit.fit(data, name, at=point, **options)
+            except Refusal as reason:
+                found.append({"law": name, "refused": str(reason)})
+                continue
+            law["for_compute"] = for_compute and form_use.allocate(law, for_compute, at or {})
+            largest = data.values.get("flops")
+            law["stops"] = None if largest is None else form_use.stops(law, float(largest.max()))
+            found.append(law)
+    return {"format": "jaxlm.laws/1", "laws": found}
 
 
 def plot_fit(found: dict[str, Any], out: str | Path) -> list[Path]:

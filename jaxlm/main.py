@@ -154,6 +154,16 @@ def _flags_fit(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("bootstrap", 4000, "resamples", 0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the resamples", flag_values=values)
     flags.DEFINE_float("for-compute", None, "FLOPs to predict for", flag_values=values)
+    flags.DEFINE_list("law", [], "laws by name, instead of the approaches", flag_values=values)
+    flags.DEFINE_list("where", [], "rows kept: column=value, column<1e9", flag_values=values)
+    flags.DEFINE_list("holdout", [], "law: rows predicted, never fitted", flag_values=values)
+    flags.DEFINE_string("count", None, "N: all, non_embedding, effective", flag_values=values)
+    flags.DEFINE_string("flops", "exact", "C: exact or 6nd", flag_values=values)
+    flags.DEFINE_list("fix", [], "law: parameters given, E=0,alpha=0.35", flag_values=values)
+    flags.DEFINE_list("at", [], "law: a point to predict, tokens=1e12", flag_values=values)
+    flags.DEFINE_integer("starts", 300, "law: of the search", 1, flag_values=values)
+    flags.DEFINE_string("resample", "runs", "law: runs or residuals", flag_values=values)
+    flags.DEFINE_string("residual", None, "law: of the log or the value", flag_values=values)
     flags.DEFINE_string("out", None, "folder for the plots", flag_values=values)
     flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
 
@@ -261,28 +271,60 @@ def _fit(values: Flags, overrides: list[tuple[str, str]]) -> int:
 
     if not values["source"]:
         raise UserError("jaxlm fit: expected SOURCE, a folder of runs or a CSV")
-    columns = {}
-    for pair in values["columns"]:
-        name, equals, column = pair.partition("=")
-        if not equals:
-            raise UserError(f"--columns: expected name=column, got {pair!r}")
-        columns[name] = column
     out = show.Lines(to_stderr=values["json"])
+    table = {name: values[name] for name in ("where", "count", "flops")}
+    table["columns"] = dict(_pairs("columns", values["columns"]))
+    how = {
+        "huber_delta": values["huber-delta"],
+        "bootstrap": values["bootstrap"],
+        "seed": values["seed"],
+        "for_compute": values["for-compute"],
+    }
+    if values["law"]:
+        return _fit_laws(values, table | how, out)
     found = api.fit(
         values["source"],
-        columns=columns,
         approaches=tuple(parse_literal(a, int, "--approach") for a in values["approach"]),
         drop_largest_loss=values["drop-largest-loss"],
-        huber_delta=values["huber-delta"],
-        bootstrap=values["bootstrap"],
-        seed=values["seed"],
-        for_compute=values["for-compute"],
+        **table,
+        **how,
     )
     if values["out"]:
         for path in api.plot_fit(found, values["out"]):
             out.say(f"plot: {path}")
     print(json.dumps(found)) if values["json"] else out.fit(found)
     return 0
+
+
+def _fit_laws(values: Flags, options: dict[str, Any], out: Any) -> int:
+    from jaxlm import api
+
+    numbers: dict[str, Any] = {
+        name: {k: parse_literal(v, float, f"--{flag}.{k}") for k, v in _pairs(flag, values[flag])}
+        for name, flag in (("fixed", "fix"), ("at", "at"))
+    }
+    plain = ("holdout", "starts", "resample", "residual")
+    found = api.fit_laws(
+        values["source"],
+        values["law"],
+        drop_largest=values["drop-largest-loss"],
+        **options,
+        **numbers,
+        **{n: values[n] for n in plain},
+    )
+    print(json.dumps(found)) if values["json"] else out.laws(found)
+    return 0
+
+
+def _pairs(flag: str, items: list[str]) -> list[tuple[str, str]]:
+    """name=value of a list flag. Raises UserError."""
+    found = []
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--{flag}: expected name=value, got {item!r}")
+        found.append((name, value))
+    return found
 
 
 def _report(values: Flags, overrides: list[tuple[str, str]]) -> int:

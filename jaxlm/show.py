@@ -144,6 +144,12 @@ class Lines:
         self._clear()
         self.console.print(law_table.table(found))
 
+    def laws(self, found: dict[str, Any]) -> None:
+        from jaxlm.report import form_table
+
+        self._clear()
+        self.console.print(form_table.table(found["laws"]))
+
 
 def _clock(seconds: float) -> str:
     s = round(max(0.0, seconds))

@@ -7,9 +7,7 @@ token. Where a table gives only two of N, D and C, the third follows from C = 6N
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +16,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxlm.files import read_json
+from jaxlm.scaling import tables
 from jaxlm.schema import UserError, hint
 
 Convention = Literal["all", "non_embedding", "effective"]
+Flops = Literal["exact", "6nd"]
 
 FIELDS = ("params", "tokens", "flops", "loss", "group", "name", "seed")
-# How other tables head these columns, in lower case without blanks and signs.
-_HEADINGS = {
-    "params": ("params", "parameters", "numparams", "modelsize", "n"),
-    "tokens": ("tokens", "numtokens", "trainingtokens", "d"),
-    "flops": ("flops", "flop", "trainingflop", "trainingflops", "compute", "c"),
-    "loss": ("loss", "finalloss"),
-    "group": ("group", "budget"),
-    "name": ("name", "run"),
-    "seed": ("seed",),
-}
-_COUNTS = {
-    "all": "params",
-    "non_embedding": "params_non_embedding",
-    "effective": "params_effective",
-}
 FEW_STEPS = 1000  # below it a small run is still in the steep start of its loss curve
 
 
@@ -119,124 +104,118 @@ class Curve(NamedTuple):
 # -------------------------------------------------------------------------------------------- CSV
 
 
-def from_csv(path: str | Path, columns: Mapping[str, str] | None = None) -> Points:
-    """The rows of a CSV (or TSV) with a header.
+def from_csv(
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    where: Sequence[str] = (),
+    count: Convention = "all",
+    flops: Flops = "exact",
+) -> Points:
+    """The rows of a CSV, TSV (with a header) or JSONL.
 
     `columns` names the column of a quantity, as in {"params": "Model Size", "flops": "Training
     FLOP", "loss": "loss"} (quantities: `FIELDS`); the others are recognised by usual headings.
+    `where`: conditions on the rows, 'column=value' or 'column<1e9'. `count` other than "all" takes
+    N from that count's own column (`tables.COUNTS`); `flops` "6nd" puts 6ND in place of C.
     Raises UserError naming the file, the column, the line and the nearest column.
     """
-    path = Path(path)
-    header, lines = _read_table(path)
-    where = _find_columns(path, header, dict(columns or {}))
+    known_count(count, flops)
+    raw = tables.read(path, where)
+    named = dict(columns or {})
+    found = _find_columns(raw, named, count)
     values: dict[str, Any] = {}
-    for key, column in where.items():
-        cells = [(line, cell[header.index(column)]) for line, cell in lines]
+    for key, column in found.items():
         if key in ("group", "name"):
-            values[key] = [text for _, text in cells]
+            values[key] = [cells[column] for _, cells in raw.rows]
         else:
-            numbers = [_number(path, line, column, text, key) for line, text in cells]
-            values[key] = np.array(numbers, np.float64)
-    guessed = {k: c for k, c in where.items() if k not in (columns or {}) and k != c}
-    warnings = [f"read column {column!r} as {key}" for key, column in guessed.items()]
-    warnings += _complete(values)
+            values[key] = np.array(
+                [raw.number(line, column, signed=key == "seed") for line, _ in raw.rows]
+            )
+    warnings = [f"read column {c!r} as {k}" for k, c in found.items() if k not in named and k != c]
+    if flops == "6nd" and "tokens" in values and "params" in values:
+        values.pop("flops", None)
+    warnings += complete(values)
     return Points(
         **{k: values[k] for k in ("params", "tokens", "flops", "loss")},
         group=np.array(values["group"], str) if "group" in values else None,
-        name=tuple(values.get("name", [f"line {line}" for line, _ in lines])),
+        name=tuple(values.get("name", [f"line {line}" for line, _ in raw.rows])),
         seed=values.get("seed"),
+        convention="as given" if count == "all" else count,
         warnings=tuple(warnings),
     )
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """(header, [(line number, cells)]), blank lines left out."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.reader(f, delimiter="\t" if path.suffix == ".tsv" else ",")
-            table = [(reader.line_num, row) for row in reader if any(c.strip() for c in row)]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a CSV or a folder of runs") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path}: cannot be read as a CSV: {e}") from e
-    if len(table) < 2:
-        raise UserError(f"{path}: expected a header and at least one row, got {len(table)} lines")
-    header = [name.strip() for name in table[0][1]]
-    for line, cells in table[1:]:
-        if len(cells) != len(header):
-            raise UserError(f"{path}:{line}: expected {len(header)} cells, got {len(cells)}")
-    return header, table[1:]
+def known_count(count: str, flops: str) -> None:
+    if count not in tables.COUNTS:
+        raise UserError(f"convention: {count!r}; {hint(count, tables.COUNTS)}")
+    if flops not in ("exact", "6nd"):
+        raise UserError(f"flops: {flops!r}; {hint(flops, ('exact', '6nd'))}")
 
 
-def _find_columns(path: Path, header: list[str], named: dict[str, str]) -> dict[str, str]:
+def _find_columns(raw: tables.Raw, named: dict[str, str], count: str) -> dict[str, str]:
     """Quantity → column; those not named are recognised by their heading."""
     for key, column in named.items():
         if key not in FIELDS:
             raise UserError(f"--columns: no such quantity: {key!r}; {hint(key, FIELDS)}")
-        if column not in header:
-            raise UserError(f"{path}: no column {column!r} (for {key}); {hint(column, header)}")
-    plain = {"".join(ch for ch in name.lower() if ch.isalnum()): name for name in reversed(header)}
-    for key in FIELDS:
-        known = [plain[h] for h in _HEADINGS[key] if h in plain]
-        free = [c for c in known if c not in named.values()]
-        if key not in named and free:
-            named[key] = free[0]
-    if "loss" not in named:
-        raise UserError(f"{path}: no column for loss; name one of {', '.join(header)} as loss=…")
-    sizes = [k for k in ("params", "tokens", "flops") if k in named]
+        if column not in raw.header:
+            raise UserError(
+                f"{raw.path}: no column {column!r} (for {key}); {hint(column, raw.header)}"
+            )
+    rest = [key for key in FIELDS if key not in named]
+    found = named | tables.recognised(raw.header, rest, list(named.values()), count)
+    if "loss" not in found:
+        raise UserError(
+            f"{raw.path}: no column for loss; name one of {', '.join(raw.header)} as loss=…"
+        )
+    sizes = [k for k in ("params", "tokens", "flops") if k in found]
     if len(sizes) < 2:
         raise UserError(
-            f"{path}: expected columns for two of params, tokens, flops,"
-            f" got {' and '.join(sizes) or 'none'} of the columns {', '.join(header)}"
+            f"{raw.path}: expected columns for two of params, tokens, flops,"
+            f" got {' and '.join(sizes) or 'none'} of the columns {', '.join(raw.header)}"
         )
-    return named
+    return found
 
 
-def _number(path: Path, line: int, column: str, text: str, key: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or (value <= 0 and key != "seed"):
-        kind = "a number" if key == "seed" else "a number above 0"
-        raise UserError(f"{path}:{line}: column {column!r}: expected {kind}, got {text!r}")
-    return value
-
-
-def _complete(values: dict[str, Any]) -> list[str]:
+def complete(values: dict[str, np.ndarray]) -> list[str]:
     """Adds the one of N, D, C that is not there, by C = 6ND; gives what is to be said."""
-    if "tokens" not in values:
-        values["tokens"] = values["flops"] / (6 * values["params"])
-        return ["no tokens given: D = C/(6N) assumed"]
-    if "flops" not in values:
-        values["flops"] = 6 * values["params"] * values["tokens"]
-        return ["no FLOPs given: C = 6ND assumed"]
-    if "params" not in values:
-        values["params"] = values["flops"] / (6 * values["tokens"])
-        return ["no parameters given: N = C/(6D) assumed"]
+    for gone, (one, two), formula, said in (
+        ("tokens", ("flops", "params"), lambda c, n: c / (6 * n), "no tokens given: D = C/(6N)"),
+        ("flops", ("params", "tokens"), lambda n, d: 6 * n * d, "no FLOPs given: C = 6ND"),
+        (
+            "params",
+            ("flops", "tokens"),
+            lambda c, d: c / (6 * d),
+            "no parameters given: N = C/(6D)",
+        ),
+    ):
+        if gone not in values and one in values and two in values:
+            values[gone] = formula(values[one], values[two])
+            return [f"{said} assumed"]
     return []
 
 
 # ------------------------------------------------------------------------------------ a run folder
 
 
-def from_folder(folder: str | Path, convention: Convention = "effective") -> Points:
+def from_folder(
+    folder: str | Path, convention: Convention = "effective", flops: Flops = "exact"
+) -> Points:
     """Every `record.json` below `folder`.
 
     Held-out runs are never fitted; they, runs that did not finish and copies of a run are listed
     in `dropped`. Replicates enter like any run. `convention` says which N is meant: "effective"
-    (training FLOPs per token / 6, so that C = 6ND holds exactly), "all" or "non_embedding".
+    (training FLOPs per token / 6, so that C = 6ND holds exactly), "all" or "non_embedding";
+    `flops` "6nd" puts 6ND with that N in place of the counted C.
     Raises UserError where there is no record to fit, JaxlmError where one is damaged.
     """
-    if convention not in _COUNTS:
-        raise UserError(f"convention: {convention!r}; {hint(convention, _COUNTS)}")
+    known_count(convention, flops)
     paths = sorted(Path(folder).glob("**/record.json"))
     if not paths:
         raise UserError(f"{folder}: no run (record.json) in or below it")
-    rows, dropped = [], []
+    rows, dropped, count = [], [], tables.COUNTS[convention]
     seen: dict[str, str] = {}  # fingerprint → name
     for path in paths:
-        row = _record(path, _COUNTS[convention])
+        row = _record(path, count)
         reason = _reason_to_drop(row, seen)
         if reason:
             dropped.append({"name": row["name"], "loss": row["loss"], "reason": reason})
@@ -249,10 +228,12 @@ def from_folder(folder: str | Path, convention: Convention = "effective") -> Poi
             f" {dropped[0]['name']}: {dropped[0]['reason']}"
         )
     columns = {k: np.array([row[k] for row in rows], np.float64) for k in ("tokens", "flops")}
+    if flops == "6nd":
+        columns["flops"] = 6 * np.array([row[count] for row in rows], float) * columns["tokens"]
     ladder = all(row["role"] != "single" and row["budget"] for row in rows)
     return Points(
         **columns,
-        params=np.array([row[_COUNTS[convention]] for row in rows], np.float64),
+        params=np.array([row[count] for row in rows], np.float64),
         loss=np.array([row["loss"] for row in rows], np.float64),
         group=np.array([f"{row['budget']:g}" for row in rows]) if ladder else None,
         name=tuple(row["name"] for row in rows),
