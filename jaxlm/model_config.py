@@ -56,7 +56,8 @@ class ModelConfig:
     d_head: int | None = doc(None, "width of a head; None: d_model // n_heads")
     d_ff: int | None = doc(None, "hidden width of the feed-forward layer; None: 4 * d_model")
     vocab_size: int = doc(256, "number of token ids")
-    seq_len: int = doc(128, "tokens per sequence")
+    seq_len: int = doc(128, "tokens per sequence (of the encoder, where there are two stacks)")
+    target_len: int | None = doc(None, "encoder_decoder: tokens of the decoder; None: seq_len")
     norm: Literal["rmsnorm", "layernorm"] = doc("rmsnorm", "normalisation")
     norm_eps: float = doc(1e-5, "added to the variance in a norm")
     norm_placement: Literal["pre", "post", "output", "both"] = doc(
@@ -125,6 +126,10 @@ class ModelConfig:
         return self.n_encoder_layers if self.n_encoder_layers is not None else self.n_layers
 
     @property
+    def decoder_len(self) -> int:
+        return self.target_len if self.target_len is not None else self.seq_len
+
+    @property
     def rotary_dim(self) -> int:
         """How much of a head rotates: its first components."""
         return int(self.head_dim * self.rope_fraction)
@@ -144,8 +149,8 @@ RANGES: Ranges = (
     (
         "at least 1",
         lambda x: x >= 1,
-        "d_model n_layers n_encoder_layers n_heads n_kv_heads d_head d_ff seq_len base_d_model"
-        " relative_distance sliding_window moe.experts_per_token moe.d_expert"
+        "d_model n_layers n_encoder_layers n_heads n_kv_heads d_head d_ff seq_len target_len"
+        " base_d_model relative_distance sliding_window moe.experts_per_token moe.d_expert"
         " rope_scaling.original_seq_len rope_scaling.factor",
     ),
     ("at least 2", lambda x: x >= 2, "vocab_size"),
@@ -172,7 +177,6 @@ Need = Callable[[bool, str, Any, str], None]
 
 def check_model(m: ModelConfig, need: Need) -> None:
     """Calls `need(ok, field, value, expected)` for what fields of a model ask of each other."""
-    need(m.architecture == "decoder", "architecture", m.architecture, "'decoder', for now")
     encoder, both = m.architecture == "encoder", m.architecture == "encoder_decoder"
     rope, s, moe = m.positions == "rope", m.rope_scaling, m.moe
     even = m.rotary_dim % 2 == 0 and m.rotary_dim >= 2
@@ -224,11 +228,14 @@ def check_model(m: ModelConfig, need: Need) -> None:
         m.parallel_residual,
         "False unless norm_placement='pre'",
     )
+    for field in ("n_encoder_layers", "target_len"):
+        value = getattr(m, field)
+        need(value is None or both, field, value, "None unless architecture='encoder_decoder'")
     need(
-        m.n_encoder_layers is None or both,
-        "n_encoder_layers",
-        m.n_encoder_layers,
-        "None unless architecture='encoder_decoder'",
+        m.positions != "learned" or m.decoder_len <= m.seq_len,
+        "target_len",
+        m.target_len,
+        f"at most seq_len={m.seq_len} with learned positions",
     )
     for field in ("mlm_head", "pooler", "n_classes"):
         value = getattr(m, field)

@@ -25,13 +25,15 @@ def attend(
     soft_cap: float | None = None,
     scale: float | None = None,
     bias_hts: jax.Array | None = None,
+    prefix_bs: jax.Array | None = None,
     block: int = 128,
 ) -> jax.Array:
     """Softmax attention [b, t, h, k] within documents: `segments` of query and key are equal.
 
     Query t is in slot t + offset. `causal`: it sees no later slot. `window`: it sees slots less
     than so far back. `soft_cap` c: scores become c·tanh(score / c) (Gemma 2). `scale`: of the
-    scores, 1/√k unless given. `bias_hts` is added to them. Scores and softmax are float32.
+    scores, 1/√k unless given. `bias_hts` is added to them. `prefix_bs` (bool): keys that earlier
+    queries see too. Scores and softmax are float32.
 
     Causal queries go in blocks, each against the keys up to its end, so that most of the upper
     triangle is never computed.
@@ -46,10 +48,12 @@ def attend(
     k_bgsk, v_bgsk = k_bsgk.transpose(0, 2, 1, 3), v_bsgk.transpose(0, 2, 1, 3)
     itself = isinstance(offset, int) and offset == 0 and s == t  # every query sees its own key
     masks = []
-    for start, stop, end in _blocks(t, s, block if causal and itself else max(t, s)):
+    in_blocks = causal and itself and prefix_bs is None
+    for start, stop, end in _blocks(t, s, block if in_blocks else max(t, s)):
         back = offset + jnp.arange(start, stop)[:, None] - jnp.arange(end)[None, :]
         seen = segments_bt[:, start:stop, None] == segments_bs[:, None, :end]
-        seen = seen & (back >= 0) if causal else seen
+        before = back >= 0 if prefix_bs is None else (back >= 0) | prefix_bs[:, None, :end]
+        seen = seen & before if causal else seen
         seen = seen & (back < window) if window is not None else seen
         masks.append(seen[:, None, None])
     if itself and soft_cap is None and bias_hts is None:
@@ -82,8 +86,9 @@ def _attention(
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         if bias_hts is not None:
-            g, r = q_bgrtk.shape[1:3]
-            scores = scores + bias_hts[:, start:stop, :end].reshape(g, r, stop - start, end)
+            bias = bias_hts[:, start:stop, :end]
+            shape = (*q_bgrtk.shape[1:3], *bias.shape[1:])
+            scores = scores + bias.reshape(shape, out_sharding=spec(("kv_heads", *[None] * 3)))
         weights = jax.nn.softmax(jnp.where(mask, scores, NEGATIVE), axis=-1)
         value = v_bgsk[:, :, :end]
         outs.append(jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(value.dtype), value))

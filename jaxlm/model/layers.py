@@ -6,7 +6,7 @@ head, k head dim, f d_ff, v vocab, l layers.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,14 @@ Cache = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, [b, s, g, k] each."""
 
 
+class Memory(NamedTuple):
+    """What an encoder left to a decoder's cross-attention; of one layer, or [l, …] of all."""
+
+    keys: jax.Array  # [b, s, g, k]
+    values: jax.Array  # [b, s, g, k]
+    segments_bs: jax.Array  # int32, never stacked
+
+
 class Context(NamedTuple):
     """What every block sees besides its input."""
 
@@ -34,6 +42,9 @@ class Context(NamedTuple):
     rope: Rope | None
     window: jax.Array | int | None = None  # slots that this layer sees, the query's own included
     causal: bool = True
+    prefix_bs: jax.Array | None = None  # bool, keys that earlier queries see too
+    bias_hts: jax.Array | None = None  # added to the scores
+    memory: Memory | None = None  # what this layer's cross-attention looks at
     key: jax.Array | None = None  # of this layer's dropout; None: nothing is dropped
 
 
@@ -79,8 +90,17 @@ class Attention(nnx.Module):
         y_bthk = attend(
             q_bthk, k_bsgk, v_bsgk, context.segments_bt, context.segments_bs, context.offset,
             causal=context.causal, window=context.window, soft_cap=self.soft_cap, scale=self.scale,
+            bias_hts=context.bias_hts, prefix_bs=context.prefix_bs,
         )  # fmt: skip
         return self.outputs(y_bthk), cache
+
+    def across(self, x_btd: jax.Array, segments_bt: jax.Array, memory: Memory) -> jax.Array:
+        """Attention to an encoder's tokens of the same segment; positions play no part."""
+        y_bthk = attend(
+            self.queries(x_btd), memory.keys, memory.values, segments_bt, memory.segments_bs,
+            causal=False, soft_cap=self.soft_cap, scale=self.scale,
+        )  # fmt: skip
+        return self.outputs(y_bthk)
 
     def queries(self, x_btd: jax.Array) -> jax.Array:
         """[b, t, h, k], before rotation."""
@@ -139,14 +159,14 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Transformer block: attention, then a feed-forward layer or experts, each added to its input
-    and normalised where `norm_placement` says.
+    """Transformer block: attention, attention to an encoder if `cross`, then a feed-forward layer
+    or experts, each added to its input and normalised where `norm_placement` says.
 
     `model.layer = 'file.py:Class'` puts another class with the same two signatures in its place;
     its third output may be left out.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, cross: bool = False, *, rngs: nnx.Rngs) -> None:
         def norm(here: bool) -> Norm | None:
             return Norm(config.d_model, "d_model", config, rngs=rngs) if here else None
 
@@ -156,6 +176,9 @@ class Block(nnx.Module):
         self.attention_norm = norm(before)
         self.attention = Attention(config, rngs=rngs)
         self.attention_out_norm = norm(after)
+        self.cross_attention_norm = norm(before and cross)
+        self.cross_attention = Attention(config, rngs=rngs) if cross else None
+        self.cross_attention_out_norm = norm(after and cross)
         self.feed_forward_norm = norm(before)
         self.feed_forward = None if moe.n_experts else FeedForward(config, rngs=rngs)
         self.experts = Experts(config, rngs=rngs) if moe.n_experts else None
@@ -172,6 +195,12 @@ class Block(nnx.Module):
             f_btd, sums = self._fed(x_btd, context)
             return x_btd + y_btd + f_btd, cache, sums
         x_btd = self._added(x_btd, y_btd, self.attention_out_norm)
+        if self.cross_attention is not None:
+            y_btd = _maybe(self.cross_attention_norm, x_btd)
+            assert context.memory is not None
+            y_btd = self.cross_attention.across(y_btd, context.segments_bt, context.memory)
+            y_btd = dropout(y_btd, self.config.dropout, context.key, 2)
+            x_btd = self._added(x_btd, y_btd, self.cross_attention_out_norm)
         y_btd, sums = self._fed(x_btd, context)
         return self._added(x_btd, y_btd, self.feed_forward_out_norm), cache, sums
 
@@ -194,23 +223,3 @@ class Block(nnx.Module):
 
 def _maybe(norm: Norm | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
-
-
-class Decoder(nnx.Module):
-    """All parameters of a decoder; the blocks are stacked on a leading layer axis."""
-
-    def __init__(self, config: ModelConfig, block: Any, *, rngs: nnx.Rngs) -> None:
-        v, d = config.vocab_size, config.d_model
-        untied_mup = config.parametrization == "mup" and not config.tie_embeddings
-        std = 1.0 if untied_mup else 0.02
-        self.embedding = declare(rngs, (v, d), ("vocab", "d_model"), "embedding", std)
-        if config.positions == "learned":
-            shape, axes = (config.seq_len, d), ("seq", "d_model")
-            self.positions = declare(rngs, shape, axes, "embedding", 0.02)
-        keys = jax.random.split(rngs.params(), config.n_layers)
-        self.layers = jax.vmap(lambda key: block(config, rngs=nnx.Rngs(params=key)))(keys)
-        final = config.norm_placement != "post"
-        self.norm = Norm(d, "d_model", config, rngs=rngs) if final else None
-        if not config.tie_embeddings:
-            std = 0.0 if untied_mup else 0.02
-            self.unembedding = declare(rngs, (v, d), ("vocab", "d_model"), "unembedding", std)

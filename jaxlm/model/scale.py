@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.stacks import block_class
 from jaxlm.model.transformer import Declared, table
 
 MATRICES = ("hidden", "unembedding")
-
-
-def _rows(config: ModelConfig) -> list[Declared]:
-    return jax.tree.leaves(table(config), is_leaf=lambda x: isinstance(x, Declared))
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,45 @@ class Size:
 def size(config: ModelConfig) -> Size:
     """Parameters and training FLOPs per token.
 
-    FLOPs: 6 per matmul weight (2 forward, 4 backward; Kaplan et al. 2020 §2.1), the unembedding
-    also when tied, plus attention's scores and values, 12·n_layers·n_heads·d_head·seq_len, counted
-    over the full square (Hoffmann et al. 2022 appendix F; the causal half is not taken off). An own
-    layer counts its 'hidden' parameters.
+    FLOPs: 6 per matmul weight (2 forward, 4 backward; Kaplan et al. 2020 §2.1), of experts those
+    that a token goes through, the unembedding also when tied, plus attention's scores and values,
+    12·n_layers·n_heads·d_head·seq_len, counted over the full square (Hoffmann et al. 2022 appendix
+    F): neither the causal half nor what a sliding window hides is taken off.
+
+    Of an encoder–decoder it is the work on a row, `seq_len` tokens in the encoder and `target_len`
+    in the decoder, divided by `seq_len`. An own layer counts its 'hidden' parameters (`active`
+    tells how much of one a token uses) and attention's scores, or instead of these what its
+    `other_flops(config)` says: more FLOPs per token of one layer, forward and backward.
     """
-    rows = _rows(config)
-    params = sum(math.prod(r.shape) for r in rows)
-    embedding = sum(math.prod(r.shape) for r in rows if r.role in ("embedding", "unembedding"))
-    hidden = sum(round(math.prod(r.shape) * r.active) for r in rows if r.role == "hidden")
-    output = config.vocab_size * config.d_model
-    scores = 12 * config.n_layers * config.n_heads * config.head_dim * config.seq_len
-    return Size(params, params - embedding, 6 * (hidden + output) + scores)
+    rows = nnx.traversals.flatten_mapping(table(config))
+    params = sum(math.prod(r.shape) for r in rows.values())
+    embeddings = ("embedding", "unembedding")
+    embedding = sum(math.prod(r.shape) for r in rows.values() if r.role in embeddings)
+    both = config.architecture == "encoder_decoder"
+    s, t = config.seq_len, config.decoder_len
+    of_row = 6 * t * config.vocab_size * config.d_model
+    for path, row in rows.items():
+        reads_source = "encoder" in path or path[-2:] in _OF_SOURCE
+        tokens = s if reads_source or not both else t
+        if row.role == "hidden":
+            of_row += round(6 * tokens * math.prod(row.shape) * row.active)
+    of_row += config.n_layers * t * _other_flops(config)
+    if both:
+        pairs = config.encoder_layers * s * s + config.n_layers * s * t
+        of_row += 12 * config.n_heads * config.head_dim * pairs
+    return Size(params, params - embedding, of_row // s)
+
+
+# Cross-attention's matrices that are applied to the encoder's tokens.
+_OF_SOURCE = (("cross_attention", "key"), ("cross_attention", "value"))
+
+
+def _other_flops(config: ModelConfig) -> int:
+    """Per token and layer, besides those of matrices."""
+    own = getattr(block_class(config), "other_flops", None)
+    if own is not None:
+        return own(config)
+    return 12 * config.n_heads * config.head_dim * config.decoder_len
 
 
 def learning_rate_multipliers(config: ModelConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,12 @@ from jax import P
 
 from jaxlm.config import ModelConfig
 from jaxlm.mesh import spec
-from jaxlm.model.layers import Block, Cache, Context, Decoder, Norm, Sums
-from jaxlm.model.parts import dropout, use
-from jaxlm.model.positions import Rope, rotary
-from jaxlm.pyfile import resolve
+from jaxlm.model import stacks
+from jaxlm.model.layers import Cache, Context, Memory
+from jaxlm.model.moe import Sums
+from jaxlm.model.parts import activated, dropout, use
+from jaxlm.model.stacks import Model, Params
 from jaxlm.schema import UserError
-
-Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,19 @@ class Declared:
         return spec(self.axes)
 
 
-def block_class(config: ModelConfig) -> Any:
-    return resolve(config.layer, "config.model.layer") if config.layer else Block
+class Source(NamedTuple):
+    """What the encoder of an encoder–decoder reads, int32 [b, s] each. A decoder's token sees what
+    has its own segment."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    segments: jax.Array  # 0 is padding
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig) -> tuple[Any, Any, Any]:
-    """Graph definitions of the decoder and of one block, and the decoder's abstract state."""
-    block = block_class(config)
-    decoder = nnx.eval_shape(lambda: Decoder(config, block, rngs=nnx.Rngs(params=0)))
-    one = nnx.eval_shape(lambda: block(config, rngs=nnx.Rngs(params=0)))
-    graph, state = nnx.split(decoder)
-    return graph, nnx.split(one)[0], state
+def _abstract(config: ModelConfig) -> tuple[Any, Any]:
+    """The model's graph definition and abstract state."""
+    return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(params=0))))
 
 
 def table(config: ModelConfig) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def table(config: ModelConfig) -> dict[str, Any]:
         axes = (*(("layers",) if "layers" in path else ()), *meta["axes"])
         return Declared(variable.shape, axes, meta["role"], meta["std"], meta["active"])
 
-    rows = {path: row(path, v) for path, v in nnx.to_flat_state(_abstract(config)[2])}
+    rows = {path: row(path, v) for path, v in nnx.to_flat_state(_abstract(config)[1])}
     return nnx.traversals.unflatten_mapping(rows)
 
 
@@ -71,8 +71,8 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     """Parameters, float32, laid out on the current mesh by the table's logical axes."""
 
     def make(key: jax.Array) -> Params:
-        decoder = Decoder(config, block_class(config), rngs=nnx.Rngs(params=key))
-        return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+        model = Model(config, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     specs = jax.tree.map(lambda row: row.spec, table(config))
     return jax.tree.map(jax.reshard, make(key), specs)
@@ -90,9 +90,18 @@ def hidden(
     tokens_bt: jax.Array,
     positions_bt: jax.Array,
     segments_bt: jax.Array,
+    *,
+    source: Source | None = None,
+    types_bt: jax.Array | None = None,
 ) -> jax.Array:
-    """Final hidden states [b, t, d] after the last norm; no cache, nothing dropped."""
-    return hidden_and_sums(config, params, tokens_bt, positions_bt, segments_bt)[0]
+    """Final hidden states [b, t, d] after the last norm; no cache, nothing dropped.
+
+    `source`: of an encoder–decoder, which needs one. `types_bt`: of `n_token_types` (0 unless
+    given).
+    """
+    return hidden_and_sums(
+        config, params, tokens_bt, positions_bt, segments_bt, source=source, types_bt=types_bt
+    )[0]
 
 
 def hidden_and_sums(
@@ -101,14 +110,41 @@ def hidden_and_sums(
     tokens_bt: jax.Array,
     positions_bt: jax.Array,
     segments_bt: jax.Array,
+    *,
+    source: Source | None = None,
+    types_bt: jax.Array | None = None,
+    prefix_bt: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """As `hidden`, and the mean over layers of what they report (`moe.router_sums`). `key`: of
-    dropout, which there is only with one."""
-    x_btd, _, sums = _run(
-        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, None, key
+    """As `hidden`, and the means over layers of what they report (`moe.router_sums`).
+
+    `prefix_bt` (bool): tokens that earlier ones of their document see too (a prefix LM). `key`: of
+    dropout, which there is only with one.
+    """
+    keys = [None] * 2 if key is None else jax.random.split(key)
+    memory, sums = None, Sums()
+    if source is not None:
+        memory, sums = remember(config, params, source, keys[1])
+    x_btd, _, more = _run(
+        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, None,
+        memory=memory, types_bt=types_bt, prefix_bt=prefix_bt, key=keys[0],
+    )  # fmt: skip
+    return x_btd, {name: (x + sums[name]) / 2 if sums else x for name, x in more.items()}
+
+
+def remember(
+    config: ModelConfig, params: Params, source: Source, key: jax.Array | None = None
+) -> tuple[Memory, Sums]:
+    """The encoder's part of an encoder–decoder: what the decoder looks at, and the layers' sums."""
+    tokens, positions, segments = source
+    x_bsd = _embed(config, _model(config, params), tokens, positions, None, key)
+    context = Context(positions, segments, segments, 0, None, causal=False)
+    encoder = params["encoder"]
+    x_bsd, _, sums = stacks.run(
+        config, _model(config, params).encoder, encoder["layers"], x_bsd, context, None, key
     )
-    return x_btd, sums
+    x_bsd = dropout(x_bsd, config.dropout, key, 1)
+    return stacks.remember(config, params["layers"], x_bsd, segments), sums
 
 
 def hidden_cached(
@@ -120,14 +156,17 @@ def hidden_cached(
     segments_bs: jax.Array,
     offset: jax.Array | int,
     cache: Cache,
+    memory: Memory | None = None,
 ) -> tuple[jax.Array, Cache]:
     """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k].
 
-    Raises UserError for an own layer that keeps no cache.
+    `memory`: of an encoder–decoder, from `remember`. Raises UserError for an own layer that keeps
+    no cache.
     """
     x_btd, cache_out, _ = _run(
-        config, params, tokens_bt, positions_bt, segments_bt, segments_bs, offset, cache
-    )
+        config, params, tokens_bt, positions_bt, segments_bt, segments_bs, offset, cache,
+        memory=memory,
+    )  # fmt: skip
     if cache_out is None:
         raise UserError(f"config.model.layer: {config.layer} returns no cache, so cannot generate")
     return x_btd, cache_out
@@ -136,9 +175,23 @@ def hidden_cached(
 def logits(config: ModelConfig, params: Params, x_btd: jax.Array) -> jax.Array:
     """Float32 logits [b, t, v] of final hidden states."""
     w_vd = unembedding(config, params).astype(x_btd.dtype)
+    head = _model(config, params).masked if config.mlm_head else None
+    if head is not None:
+        x_btd = jnp.einsum("btd,de->bte", x_btd, use(head.dense, x_btd)) + use(head.bias, x_btd)
+        x_btd = head.norm(activated(config.activation, x_btd, None))
     logits_btv = jnp.einsum("btd,vd->btv", x_btd, w_vd, preferred_element_type=jnp.float32)
+    if head is not None:
+        logits_btv = logits_btv + use(head.output_bias, logits_btv)
     cap = config.final_soft_cap
     return logits_btv if cap is None else cap * jnp.tanh(logits_btv / cap)
+
+
+def pooled(config: ModelConfig, params: Params, x_btd: jax.Array) -> jax.Array:
+    """BERT's summary [b, d] of final hidden states: a tanh layer on the first token's. Needs
+    `pooler`; with `n_classes` it becomes float32 logits [b, classes]."""
+    model = _model(config, params)
+    y_bd = jnp.tanh(model.pooler(x_btd[:, 0]))
+    return model.classifier(y_bd).astype(jnp.float32) if config.n_classes else y_bd
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:
@@ -156,6 +209,9 @@ def apply(
     tokens_bt: jax.Array,
     positions_bt: jax.Array | None = None,
     segments_bt: jax.Array | None = None,
+    *,
+    source: Source | None = None,
+    types_bt: jax.Array | None = None,
 ) -> jax.Array:
     """Float32 logits [b, t, v] of token ids int32 [b, t]; one document per row unless told."""
     b, t = tokens_bt.shape
@@ -163,7 +219,13 @@ def apply(
         positions_bt = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     if segments_bt is None:
         segments_bt = jnp.ones((b, t), jnp.int32)
-    return logits(config, params, hidden(config, params, tokens_bt, positions_bt, segments_bt))
+    where = positions_bt, segments_bt
+    x_btd = hidden(config, params, tokens_bt, *where, source=source, types_bt=types_bt)
+    return logits(config, params, x_btd)
+
+
+def _model(config: ModelConfig, params: Params) -> Any:
+    return nnx.merge(_abstract(config)[0], params)
 
 
 def _run(
@@ -175,100 +237,42 @@ def _run(
     segments_bs: jax.Array,
     offset: jax.Array | int,
     cache: Cache | None,
+    *,
+    memory: Memory | None = None,
+    types_bt: jax.Array | None = None,
+    prefix_bt: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, Sums]:
-    graph, block_graph, _ = _abstract(config)
-    decoder = nnx.merge(graph, params)
-    ropes = _ropes(config, positions_bt)
-    context = Context(positions_bt, segments_bt, segments_bs, offset, ropes[0])
-    x_btd = _embed(config, decoder, tokens_bt, positions_bt, key)
-
-    def block(local: bool | None, x_btd: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        weights, cache, key, scanned = layer
-        window, rope = _seen(config, scanned if local is None else local, ropes)
-        here = context._replace(window=window, rope=rope, key=key)
-        x_btd, cache, *sums = nnx.merge(block_graph, weights)(x_btd, here, cache)
-        return x_btd, (cache, sums[0] if sums else {})
-
-    x_btd, (cache, sums) = _through(config, block, x_btd, params["layers"], cache, key)
-    norm: Norm | None = decoder.norm
-    sums = {name: x.mean() for name, x in sums.items()}
-    return x_btd if norm is None else norm(x_btd), cache, sums
+    model, causal = _model(config, params), config.architecture != "encoder"
+    context = Context(
+        positions_bt, segments_bt, segments_bs, offset, None, causal=causal, prefix_bs=prefix_bt,
+        memory=memory,
+    )  # fmt: skip
+    keys = [None] * 2 if key is None else jax.random.split(key)
+    x_btd = _embed(config, model, tokens_bt, positions_bt, types_bt, keys[0])
+    return stacks.run(config, model, params["layers"], x_btd, context, cache, keys[1])
 
 
 def _embed(
-    config: ModelConfig, decoder: Decoder, tokens: jax.Array, where: jax.Array, key: Any
+    config: ModelConfig,
+    model: Any,
+    tokens_bt: jax.Array,
+    positions_bt: jax.Array,
+    types_bt: jax.Array | None,
+    key: jax.Array | None,
 ) -> jax.Array:
     like = jnp.zeros((), compute_dtype(config))
     out = spec(("batch", "seq", None))
     # The table is gathered whole: a lookup in a vocab-sharded table has no cheap rule.
-    x_btd = (
-        jax.reshard(use(decoder.embedding, like), P(None, None)).at[tokens].get(out_sharding=out)
-    )
+    table_vd = jax.reshard(use(model.embedding, like), P(None, None))
+    x_btd = table_vd.at[tokens_bt].get(out_sharding=out)
     if config.scale_embeddings:
         x_btd = x_btd * config.d_model**0.5
     if config.positions == "learned":
-        x_btd = x_btd + use(decoder.positions, like).at[where].get(out_sharding=out)
+        x_btd = x_btd + use(model.positions, like).at[positions_bt].get(out_sharding=out)
+    if config.n_token_types:
+        types_bt = jnp.zeros_like(tokens_bt) if types_bt is None else types_bt
+        x_btd = x_btd + use(model.token_types, like).at[types_bt].get(out_sharding=out)
+    if config.embedding_norm:
+        x_btd = model.embedding_norm(x_btd)
     return dropout(x_btd, config.dropout, key, 0)
-
-
-def _ropes(config: ModelConfig, positions_bt: jax.Array) -> list[Rope | None]:
-    """Of global layers and of local ones."""
-    if config.positions != "rope":
-        return [None, None]
-    rope = rotary(config, positions_bt)
-    return [rope, rope if config.local_rope_theta is None else rotary(config, positions_bt, True)]
-
-
-def _seen(config: ModelConfig, local: Any, ropes: list[Rope | None]) -> tuple[Any, Rope | None]:
-    """The window and the rotation of a layer; `local` is a bool, or a scanned array of them."""
-    if isinstance(local, bool) or config.sliding_window is None:
-        return config.sliding_window if local else None, ropes[local]
-    window = jnp.where(local, config.sliding_window, jnp.iinfo(jnp.int32).max)
-    if ropes[0] is ropes[1]:
-        return window, ropes[0]
-    return window, jax.tree.map(lambda far, near: jnp.where(local, near, far), *ropes)
-
-
-def _through(
-    config: ModelConfig, block: Any, x_btd: jax.Array, layers: Params, cache: Any, key: Any
-) -> tuple[jax.Array, tuple[Any, Sums]]:
-    """All blocks in order: one scanned body, or unrolled. Caches and sums come back stacked."""
-    n, local = config.n_layers, config.local
-
-    def of(local: bool | None) -> Any:
-        f = functools.partial(block, local)
-        if config.remat == "none":
-            return f
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(f, policy=saved if config.remat == "dots" else None)
-
-    keys = None if key is None else jax.random.split(jax.random.fold_in(key, 1), n)
-    if config.scan_layers:
-        alike = len(set(local)) == 1
-        scanned = None if alike else jnp.array(local)
-        body = of(local[0] if alike else None)
-        return jax.lax.scan(body, x_btd, (layers, cache, keys, scanned))
-    outs = []
-    for i, weights in enumerate(unstack(layers, n)):
-        here = jax.tree.map(lambda a, i=i: a[i], (cache, keys))
-        x_btd, out = of(local[i])(x_btd, (weights, *here, None))
-        outs.append(out)
-    return x_btd, jax.tree.map(lambda *a: jnp.stack(a), *outs)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def unstack(layers: Params, n: int) -> list[Params]:
-    """[l, …] leaves → n trees. Its gradient is one stack, not n padded copies added up."""
-    return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(n)]
-
-
-def _unstack_fwd(layers: Params, n: int) -> tuple[list[Params], None]:
-    return unstack(layers, n), None
-
-
-def _unstack_bwd(n: int, _: None, grads: list[Params]) -> tuple[Params]:
-    return (jax.tree.map(lambda *g: jnp.stack(g), *grads),)
-
-
-unstack.defvjp(_unstack_fwd, _unstack_bwd)

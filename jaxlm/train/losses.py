@@ -23,7 +23,7 @@ def next_token(
     """Cross-entropy of the next token in nats, summed over weights, plus z_loss · log(Z)²."""
     x_btd, sums = transformer.hidden_and_sums(
         config.model, params, batch.tokens, batch.positions, batch.segment_ids,
-        key if config.model.dropout else None,
+        key=key if config.model.dropout else None,
     )  # fmt: skip
     return summed(config, params, x_btd, sums, batch.targets, batch.weights)
 

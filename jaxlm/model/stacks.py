@@ -1,0 +1,245 @@
+"""Stacks of blocks: their parameters, and running an input through them, scanned or unrolled.
+
+A decoder (GPT) is a causal stack, an encoder (BERT) one that looks both ways; an encoder–decoder
+(T5) has one of each, the causal one with cross-attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.config import ModelConfig
+from jaxlm.mesh import spec
+from jaxlm.model.layers import Block, Context, Memory
+from jaxlm.model.moe import Sums
+from jaxlm.model.parts import Norm, declare, use
+from jaxlm.model.positions import Rope, relative_bucket, rotary
+from jaxlm.pyfile import resolve
+
+Params = dict[str, Any]
+
+
+def block_class(config: ModelConfig, cross: bool = False) -> Any:
+    if config.layer:
+        return resolve(config.layer, "config.model.layer")
+    return functools.partial(Block, cross=cross)
+
+
+def declare_stack(
+    module: Any, config: ModelConfig, n_layers: int, cross: bool, rngs: nnx.Rngs
+) -> None:
+    """Gives `module` its blocks, stacked on a leading layer axis, and what stands around them."""
+    block = block_class(config, cross)
+    keys = jax.random.split(rngs.params(), n_layers)
+    module.layers = jax.vmap(lambda key: block(config, rngs=nnx.Rngs(params=key)))(keys)
+    final = config.norm_placement != "post"
+    module.norm = Norm(config.d_model, "d_model", config, rngs=rngs) if final else None
+    if config.positions == "relative":
+        shape = (config.relative_buckets, config.n_heads)
+        module.relative = declare(rngs, shape, ("buckets", "heads"), "bias", 0.0)
+
+
+class Encoder(nnx.Module):
+    """The first stack of an encoder–decoder; embeddings are shared with the second."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        declare_stack(self, config, config.encoder_layers, False, rngs)
+
+
+class MaskedHead(nnx.Module):
+    """BERT's: a dense layer, an activation and a norm before the unembedding, a bias after it."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        d, v = config.d_model, config.vocab_size
+        self.dense = declare(rngs, (d, d), ("d_model", "d_out"), "hidden", d**-0.5)
+        self.bias = declare(rngs, (d,), ("d_out",), "bias", 0.0)
+        self.norm = Norm(d, "d_model", config, rngs=rngs)
+        self.output_bias = declare(rngs, (v,), ("vocab",), "bias", 0.0)
+
+
+class Dense(nnx.Module):
+    """One matrix and a bias, for a share `active` of the tokens."""
+
+    def __init__(self, n_in: int, n_out: int, axis: str, active: float, *, rngs: nnx.Rngs) -> None:
+        axes, std = ("d_model", axis), n_in**-0.5
+        self.weight = declare(rngs, (n_in, n_out), axes, "hidden", std, active)
+        self.bias = declare(rngs, (n_out,), (axis,), "bias", 0.0)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ use(self.weight, x) + use(self.bias, x)
+
+
+class Model(nnx.Module):
+    """All parameters of a decoder, an encoder, or an encoder–decoder (then the decoder's are where
+    a decoder's alone would be, and the encoder's in `encoder`)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        v, d = config.vocab_size, config.d_model
+        untied_mup = config.parametrization == "mup" and not config.tie_embeddings
+        std = 1.0 if untied_mup else 0.02
+        self.embedding = declare(rngs, (v, d), ("vocab", "d_model"), "embedding", std)
+        if config.positions == "learned":
+            shape, axes = (config.seq_len, d), ("seq", "d_model")
+            self.positions = declare(rngs, shape, axes, "embedding", 0.02)
+        if config.n_token_types:
+            shape, axes = (config.n_token_types, d), ("types", "d_model")
+            self.token_types = declare(rngs, shape, axes, "embedding", 0.02)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(d, "d_model", config, rngs=rngs)
+        both = config.architecture == "encoder_decoder"
+        if both:
+            self.encoder = Encoder(config, rngs=rngs)
+        declare_stack(self, config, config.n_layers, both, rngs)
+        if config.mlm_head:
+            self.masked = MaskedHead(config, rngs=rngs)
+        if config.pooler:
+            self.pooler = Dense(d, d, "d_out", 1 / config.seq_len, rngs=rngs)
+        if config.n_classes:
+            share = 1 / config.seq_len
+            self.classifier = Dense(d, config.n_classes, "classes", share, rngs=rngs)
+        if not config.tie_embeddings:
+            std = 0.0 if untied_mup else 0.02
+            self.unembedding = declare(rngs, (v, d), ("vocab", "d_model"), "unembedding", std)
+
+
+# ----------------------------------------------------------------------------------------- running
+
+
+@functools.lru_cache(maxsize=64)
+def _block_graph(config: ModelConfig, cross: bool) -> Any:
+    block = block_class(config, cross)
+    return nnx.split(nnx.eval_shape(lambda: block(config, rngs=nnx.Rngs(params=0))))[0]
+
+
+def run(
+    config: ModelConfig,
+    stack: Any,
+    layers: Params,
+    x_btd: jax.Array,
+    context: Context,
+    cache: Any = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any, Sums]:
+    """Through all blocks of `stack` (a Model or Encoder; `layers`: their weights as plain dicts)
+    and the norm behind them. Caches come back stacked, sums as means over the layers."""
+    memory = context.memory
+    graph = _block_graph(config, memory is not None)
+    ropes = _ropes(config, context.positions_bt)
+    if config.positions == "relative":
+        s = context.segments_bs.shape[1]
+        bias_hts = _relative(config, stack.relative, x_btd.shape[1], s, context)
+        context = context._replace(bias_hts=bias_hts)
+
+    def block(local: bool | None, x_btd: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, cache, key, remembered, scanned = layer
+        window, rope = _seen(config, scanned if local is None else local, ropes)
+        here = context._replace(window=window, rope=rope, key=key)
+        if memory is not None:
+            keys, values = remembered
+            here = here._replace(memory=Memory(keys, values, memory.segments_bs))
+        x_btd, cache, *sums = nnx.merge(graph, weights)(x_btd, here, cache)
+        return x_btd, (cache, sums[0] if sums else {})
+
+    remembered = None if memory is None else (memory.keys, memory.values)
+    x_btd, (cache, sums) = _through(config, block, x_btd, layers, cache, key, remembered)
+    sums = {name: x.mean() for name, x in sums.items()}
+    return x_btd if stack.norm is None else stack.norm(x_btd), cache, sums
+
+
+def remember(
+    config: ModelConfig, layers: Params, x_bsd: jax.Array, segments_bs: jax.Array
+) -> Memory:
+    """Keys and values of every layer's cross-attention to an encoder's output."""
+    graph = _block_graph(config, True)
+
+    def of(layer: Params) -> tuple[jax.Array, jax.Array]:
+        return nnx.merge(graph, layer).cross_attention.keys_values(x_bsd)
+
+    keys, values = jax.lax.map(of, layers)
+    return Memory(keys, values, segments_bs)
+
+
+def _ropes(config: ModelConfig, positions_bt: jax.Array) -> list[Rope | None]:
+    """Of global layers and of local ones."""
+    if config.positions != "rope":
+        return [None, None]
+    rope = rotary(config, positions_bt)
+    return [rope, rope if config.local_rope_theta is None else rotary(config, positions_bt, True)]
+
+
+def _relative(config: ModelConfig, table: nnx.Param, t: int, s: int, context: Context) -> jax.Array:
+    """What T5 adds to the scores, float32 [h, t, s]: a number per head and bucket of distances,
+    the same in all layers."""
+    distance_ts = jnp.arange(s)[None, :] - (context.offset + jnp.arange(t))[:, None]
+    both_ways = not context.causal
+    buckets = config.relative_buckets, config.relative_distance
+    bucket_ts = relative_bucket(distance_ts, *buckets, both_ways=both_ways)
+    layout = spec((None, None, "heads"))
+    bias_tsh = use(table, jnp.zeros((), jnp.float32)).at[bucket_ts].get(out_sharding=layout)
+    return bias_tsh.transpose(2, 0, 1)
+
+
+def _seen(config: ModelConfig, local: Any, ropes: list[Rope | None]) -> tuple[Any, Rope | None]:
+    """The window and the rotation of a layer; `local` is a bool, or a scanned array of them."""
+    if isinstance(local, bool) or config.sliding_window is None:
+        return config.sliding_window if local else None, ropes[local]
+    window = jnp.where(local, config.sliding_window, jnp.iinfo(jnp.int32).max)
+    if ropes[0] is ropes[1]:
+        return window, ropes[0]
+    return window, jax.tree.map(lambda far, near: jnp.where(local, near, far), *ropes)
+
+
+def _through(
+    config: ModelConfig,
+    block: Any,
+    x_btd: jax.Array,
+    layers: Params,
+    cache: Any,
+    key: jax.Array | None,
+    remembered: Any,
+) -> tuple[jax.Array, tuple[Any, Sums]]:
+    """All blocks in order: one scanned body, or unrolled. Caches and sums come back stacked."""
+    n = len(jax.tree.leaves(layers)[0])
+    local = config.local if config.sliding_window is not None else (False,) * n
+    keys = None if key is None else jax.random.split(key, n)
+
+    def of(local: bool | None) -> Any:
+        f = functools.partial(block, local)
+        if config.remat == "none":
+            return f
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(f, policy=saved if config.remat == "dots" else None)
+
+    if config.scan_layers:
+        alike = len(set(local)) == 1
+        scanned = None if alike else jnp.array(local)
+        body = of(local[0] if alike else None)
+        return jax.lax.scan(body, x_btd, (layers, cache, keys, remembered, scanned))
+    outs = []
+    for i, weights in enumerate(unstack(layers, n)):
+        here = jax.tree.map(lambda a, i=i: a[i], (cache, keys, remembered))
+        x_btd, out = of(local[i])(x_btd, (weights, *here, None))
+        outs.append(out)
+    return x_btd, jax.tree.map(lambda *a: jnp.stack(a), *outs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def unstack(layers: Params, n: int) -> list[Params]:
+    """[l, …] leaves → n trees. Its gradient is one stack, not n padded copies added up."""
+    return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(n)]
+
+
+def _unstack_fwd(layers: Params, n: int) -> tuple[list[Params], None]:
+    return unstack(layers, n), None
+
+
+def _unstack_bwd(n: int, _: None, grads: list[Params]) -> tuple[Params]:
+    return (jax.tree.map(lambda *g: jnp.stack(g), *grads),)
+
+
+unstack.defvjp(_unstack_fwd, _unstack_bwd)
