@@ -2,18 +2,18 @@
 
 Command:  jaxlm train --config=experiments/gpt2_124m.py --workdir=runs/gpt2_124m \\
               --config.data.sources=my_text/ --config.data.licence=CC-BY-4.0
-Others:   gpt2("355m"), gpt2("774m"), gpt3("125m") … gpt3("175b") of model.presets.
+Others:   preset("gpt2-355m") … "gpt2-1558m", "gpt3-125m" … "gpt3-175b" (model/presets.py).
 Recipe:   Brown et al. 2020, table 2.1, for this size; 300,000 steps of 0.5 M tokens on a pod.
 """
 
 from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from jaxlm.model.presets import gpt2
+from jaxlm.model.presets import preset
 
 
 def get_config() -> Config:
     return Config(
         name="gpt2_124m",
-        model=gpt2("124m"),
+        model=preset("gpt2-124m"),
         data=DataConfig(sources=("stdlib",), tokenizer="bpe"),
         optimizer=OptimizerConfig(
             learning_rate=6e-4, schedule="cosine", warmup_fraction=0.001, final_fraction=0.1

@@ -6,13 +6,13 @@ Recipe:   Brown et al. 2020, table 2.1, for this size; 300,000 steps of 0.5 M to
 """
 
 from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from jaxlm.model.presets import gpt2
+from jaxlm.model.presets import preset
 
 
 def get_config() -> Config:
     return Config(
         name="gpt2_1558m",
-        model=gpt2("1558m"),
+        model=preset("gpt2-1558m"),
         data=DataConfig(sources=("stdlib",), tokenizer="bpe"),
         optimizer=OptimizerConfig(
             learning_rate=2e-4, schedule="cosine", warmup_fraction=0.001, final_fraction=0.1

@@ -8,13 +8,13 @@ Recipe:   Brown et al. 2020, table 2.1, for this size; 94,000 steps of 3.2 M tok
 from dataclasses import replace
 
 from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from jaxlm.model.presets import gpt3
+from jaxlm.model.presets import preset
 
 
 def get_config() -> Config:
     return Config(
         name="gpt3_175b",
-        model=replace(gpt3("175b"), vocab_size=50304, remat="full"),
+        model=replace(preset("gpt3-175b"), vocab_size=50304, remat="full"),
         data=DataConfig(sources=("stdlib",), tokenizer="bpe"),
         optimizer=OptimizerConfig(
             learning_rate=0.6e-4, schedule="cosine", warmup_fraction=0.001, final_fraction=0.1
