@@ -74,7 +74,7 @@ def read(
     warnings = [f"read column {c!r} as {q}" for q, c in found.items() if q not in (columns or {})
                 and q != c and c != tables.COUNTS[count]]  # fmt: skip
     if flops == "6nd" and {"params", "tokens"} <= values.keys():
-        values.pop("flops", None)
+        values["flops"] = 6 * values["params"] * values["tokens"]
     warnings += runs.complete(values)
     for quantity in (*form.columns, form.target):
         if quantity not in values:

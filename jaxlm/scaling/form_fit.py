@@ -37,7 +37,7 @@ def fit(
     """The law `name` on the rows that are not held out, as JSON values (jaxlm.law/1).
 
     `drop_largest`: rows left out, those with the largest targets. `fixed`: parameters that are
-    given. `residual`: of the logarithm or of the value; None: as the law says. `huber_delta`: inf
+    given (where all are, the law is only evaluated). `residual`: of the logarithm or of the value; None: as the law says. `huber_delta`: inf
     is least squares. `profile`: also profile intervals. `at`: a point to predict. The dict holds
     `parameters` {name: {value, se, ci95, profile95, undetermined}}, `derived`, `objective`,
     `starts_at_optimum`, `noise`, `left_out` (errors of each budget predicted from the others, of
@@ -133,7 +133,7 @@ def values_of(result: Json) -> dict[str, float]:
 def draws_of(result: Json) -> dict[str, np.ndarray]:
     """[r] of every parameter; a fixed one is repeated."""
     found = {k: np.array(v) for k, v in result["draws"].items()}
-    r = len(next(iter(found.values())))
+    r = len(next(iter(found.values()), ()))
     return {k: found.get(k, np.full(r, v)) for k, v in values_of(result).items()}
 
 
@@ -182,8 +182,6 @@ def _check(
             raise UserError(f"--fix: {form.name} has no parameter {key!r}; {hint(key, names)}")
         if key in form.coefficients and not fixed[key] >= 0:
             raise UserError(f"--fix: {key}: expected a number of at least 0, got {fixed[key]}")
-    if len(fixed) == len(names):
-        raise UserError(f"--fix: all parameters of {form.name} are given; nothing is left to fit")
     if not delta > 0:
         raise UserError(f"--huber-delta: expected a number above 0, got {delta}")
     if residual not in (None, "log", "value"):
@@ -217,6 +215,8 @@ def _identify(table: Table, theta: np.ndarray) -> None:
     low, high = robust.bounds(table)
     free = [k for k, n in enumerate(table.names)
             if n in table.fitted and low[k] < theta[k] < high[k]]  # fmt: skip
+    if not free:
+        return
     _, J = robust.jacobian(table, theta)
     J = J[:, free]
     J = J / np.maximum(np.linalg.norm(J, axis=0), 1e-300)

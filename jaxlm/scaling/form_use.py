@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlm.scaling import form_fit, robust
 from jaxlm.scaling import form_intervals as intervals
-from jaxlm.scaling.forms import FORMS
+from jaxlm.scaling.forms import FORMS, Form
 from jaxlm.schema import UserError
 
 Json = dict[str, Any]
@@ -20,42 +20,31 @@ _REACH = 1e12  # times the largest fitted: farther nothing is looked for
 def allocate(result: Json, flops: float, at: Mapping[str, float], k: float = 6.0) -> Json:
     """The N* and D* with the least loss at C = k N D, with intervals; the law's other columns as
     given by `at` (unique_tokens, bits, experts). Also what a size wrong by 2 costs. {"refused":
-    reason} where the law has no N and D, or no finite optimum."""
+    reason} where the law has no N and D, or no finite optimum. Raises UserError."""
     form = FORMS[result["law"]]
     if not flops > 0:
         raise UserError(f"--for-compute: expected FLOPs above 0, got {flops}")
-    if not {"params", "tokens"} <= set(form.columns):
+    if not {"params", "tokens"} <= set(form.columns) or form.target != "loss":
         why = f"{form.name} has no N and D to divide compute between"
         return {"flops": float(flops), "refused": why}
-
-    def losses(law: Mapping[str, Any], log_n: np.ndarray) -> np.ndarray:
-        size = np.exp(log_n)
-        columns = {"params": size, "tokens": flops / k / size}
-        for name in form.columns:
-            if name in columns:
-                continue
-            if name == "flops":
-                columns[name] = np.full_like(size, flops)
-            elif name in at:
-                columns[name] = np.full_like(size, at[name])
-            else:
-                raise UserError(f"--at: {form.name} needs {name}, as in --at={name}=1e9")
-        return robust.law(form, law, columns)
-
-    law, draws = form_fit.values_of(result), form_fit.draws_of(result)
-    found = [_least(values, losses, np.log(flops / k)) for values in (law, draws)]
-    log_n, loss = float(found[0][0]), float(found[0][1])
-    wrong = losses(law, np.array([log_n - np.log(2), log_n + np.log(2)]))
-    edge = log_n <= np.log(flops / k) * 0.01 or log_n >= np.log(flops / k) * 0.99
-    bands = [intervals.interval(v, result["levels"]) for v in
-             (np.exp(found[1][0]), flops / k / np.exp(found[1][0]), found[1][1])]  # fmt: skip
+    law, log_nd = form_fit.values_of(result), float(np.log(flops / k))
+    log_n, loss = (float(v) for v in least(form, law, flops, at, k))
+    if not 0.01 < log_n / log_nd < 0.99:
+        why = f"the least loss of {form.name} lies at no finite size"
+        return {"flops": float(flops), "refused": why}
+    sizes, losses = least(form, form_fit.draws_of(result), flops, at, k)
+    wrong = _on_budget(form, law, np.array([log_n - np.log(2), log_n + np.log(2)]), flops, at, k)
+    bands = [
+        intervals.interval(v, result["levels"])
+        for v in (np.exp(sizes), np.exp(log_nd - sizes), losses)
+    ]
     return {
         "flops": float(flops),
         "flops_per_param_token": k,
-        "refused": f"the least loss of {form.name} lies at no finite size" if edge else None,
+        "refused": None,
         "params": float(np.exp(log_n)),
         "params_ci95": bands[0],
-        "tokens": float(flops / k / np.exp(log_n)),
+        "tokens": float(np.exp(log_nd - log_n)),
         "tokens_ci95": bands[1],
         "loss": loss,
         "ci95_law": bands[2],
@@ -64,23 +53,36 @@ def allocate(result: Json, flops: float, at: Mapping[str, float], k: float = 6.0
     }
 
 
-def _least(law: Mapping[str, Any], losses: Any, log_nd: float) -> tuple[np.ndarray, np.ndarray]:
-    """(ln N*, least loss), scalars or [r]: a grid over all N, laid closer about its best three
-    times."""
-    low, high = 0.0, log_nd
+def _on_budget(
+    form: Form, law: Mapping[str, Any], log_n: np.ndarray, flops: float, at: Mapping[str, float],
+    k: float,
+) -> np.ndarray:  # fmt: skip
+    size = np.exp(log_n)
+    columns = {"params": size, "tokens": flops / k / size, "flops": np.full_like(size, flops)}
+    for name in form.columns:
+        if name not in columns:
+            if name not in at:
+                raise UserError(f"--at: {form.name} needs {name}, as in --at={name}=1e9")
+            columns[name] = np.full_like(size, at[name])
+    return robust.law(form, law, columns)
+
+
+def least(
+    form: Form, law: Mapping[str, Any], flops: float, at: Mapping[str, float], k: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ln N*, least loss) at C = k N D, scalars or [r] as the law's parameters are: a grid over all
+    N, laid closer about its best three times."""
+    low, high = 0.0, float(np.log(flops / k))
     grid = np.linspace(low, high, _GRID)
-    values = losses(law, grid)
+    values = _on_budget(form, law, grid, flops, at, k)
+    grid = np.broadcast_to(grid, values.shape)
     for _ in range(3):
-        best = values.argmin(-1)
-        middle = grid[best] if grid.ndim == 1 else grid[np.arange(len(grid)), best]
-        half = (grid[..., -1] - grid[..., 0]) / (_GRID - 1) * 1.5
-        grid = np.clip(middle[..., None] + half[..., None] * np.linspace(-1, 1, _GRID), low, high)
-        values = losses(law, grid)
-    best = values.argmin(-1)
-    if grid.ndim == 1:
-        return grid[best], values[best]
-    rows = np.arange(len(grid))
-    return grid[rows, best], values[rows, best]
+        middle = np.take_along_axis(grid, values.argmin(-1)[..., None], -1)
+        half = (grid[..., -1:] - grid[..., :1]) / (_GRID - 1) * 1.5
+        grid = np.clip(middle + half * np.linspace(-1, 1, _GRID), low, high)
+        values = _on_budget(form, law, grid, flops, at, k)
+    best = values.argmin(-1)[..., None]
+    return tuple(np.take_along_axis(v, best, -1)[..., 0] for v in (grid, values))  # type: ignore[return-value]
 
 
 def stops(result: Json, largest: float) -> Json | None:

@@ -344,7 +344,8 @@ def minimise(
     )
     full.theta[:] = np.clip(full.theta, full.low, full.high)
     fixed = tuple(sorted(table.fixed.items()))
-    advance = _advance(table.form, fixed, table.residual, float(table.delta))
+    delta = min(float(table.delta), 1e100)  # inf/inf is no number
+    advance = _advance(table.form, fixed, table.residual, delta)
     spent = np.zeros(r, int)
     columns = {k: table.columns[k] for k in table.form.columns}
 

@@ -133,7 +133,7 @@ def from_csv(
             )
     warnings = [f"read column {c!r} as {k}" for k, c in found.items() if k not in named and k != c]
     if flops == "6nd" and "tokens" in values and "params" in values:
-        values.pop("flops", None)
+        values["flops"] = 6 * values["params"] * values["tokens"]
     warnings += complete(values)
     return Points(
         **{k: values[k] for k in ("params", "tokens", "flops", "loss")},
