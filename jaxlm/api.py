@@ -345,6 +345,39 @@ def fit_laws(
     return {"format": "jaxlm.laws/1", "laws": found}
 
 
+def compare(
+    a: str | Path | Config | Sweep,
+    b: str | Path | Config | Sweep,
+    workdir: str | Path | None = None,
+    *,
+    say: Say = _quiet,
+    stop: Any = None,
+    **how: Any,
+) -> dict[str, Any]:
+    """Did the change from A to B help (jaxlm.compare/1)? See `paired.compare`.
+
+    A and B are folders of runs, or experiments (files, Config or Sweep) that are run seed by seed
+    in `workdir` until the sequential test ends; see `comparison`. Raises UserError, JaxlmError.
+    """
+    from jaxlm import experiment
+    from jaxlm.scaling import comparison
+
+    folders = [Path(x) for x in (a, b) if isinstance(x, (str, Path)) and Path(x).is_dir()]
+    if len(folders) == 2:
+        how = {k: v for k, v in how.items() if k in ("most", "smallest")}
+        return comparison.of_folders(folders[0], folders[1], **how)
+    if workdir is None:
+        raise UserError("--workdir: expected a folder for the runs of A and B")
+    arms = [located(x) if isinstance(x, (Config, Sweep)) else experiment.load(x) for x in (a, b)]
+    names = [x.name if isinstance(x, (Config, Sweep)) else str(x) for x in (a, b)]
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(StopFlag()) if stop is None else stop
+        folder, _ = held.enter_context(_workdir(workdir))
+        return comparison.of_experiments(
+            arms[0], arms[1], (names[0], names[1]), folder, say=say, stop=stop, **how
+        )
+
+
 def plot_fit(found: dict[str, Any], out: str | Path) -> list[Path]:
     """PNG plots of what `fit` found."""
     from jaxlm.report import plots

@@ -77,9 +77,9 @@ def _parse(name: str, values: flags.FlagValues, rest: list[str]) -> list[tuple[s
         left = values([name, *plain])[1:]
     except flags.Error as e:
         raise UserError(str(e).splitlines()[0]) from e
-    wanted = "source" in values
-    if wanted and left:
-        values["source"].value = left.pop(0)
+    for positional in ("source", "other"):
+        if positional in values and left:
+            values[positional].value = left.pop(0)
     if left:
         raise UserError(f"jaxlm {name}: what is {left[0]!r}? expected --flag=value")
     if overrides and "config" not in values:
@@ -97,9 +97,9 @@ def _usage() -> str:
 def _help(name: str, about: str, values: flags.FlagValues) -> str:
     lines = [f"jaxlm {name}: {about}", ""]
     if "source" in values:
-        lines[0] = f"jaxlm {name} SOURCE: {about}"
+        lines[0] = f"jaxlm {name} {'A B' if 'other' in values else 'SOURCE'}: {about}"
     for flag in sorted(values):
-        if flag != "source":
+        if flag not in ("source", "other"):
             lines.append(f"  --{flag}={values[flag].value!r}\n      {values[flag].help}")
     if "config" in values:
         kind = Sweep if name in ("sweep", "quickstart") else Config
@@ -165,6 +165,15 @@ def _flags_fit(values: flags.FlagValues) -> None:
     flags.DEFINE_string("resample", "runs", "law: runs or residuals", flag_values=values)
     flags.DEFINE_string("residual", None, "law: of the log or the value", flag_values=values)
     flags.DEFINE_string("out", None, "folder for the plots", flag_values=values)
+    flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
+
+
+def _flags_compare(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("source", None, "A: folder of runs or experiment file", flag_values=values)
+    flags.DEFINE_string("other", None, "B, the same", flag_values=values)
+    flags.DEFINE_string("workdir", None, "where A and B are run", flag_values=values)
+    flags.DEFINE_integer("most", 12, "seeds at most", 4, flag_values=values)
+    flags.DEFINE_float("smallest", None, "gain worth finding, 0.01 = 1 %", flag_values=values)
     flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
 
 
@@ -327,6 +336,26 @@ def _pairs(flag: str, items: list[str]) -> list[tuple[str, str]]:
     return found
 
 
+def _compare(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import api, show
+
+    if not values["source"] or not values["other"]:
+        raise UserError("jaxlm compare: expected A and B, two folders of runs or experiment files")
+    out = show.Lines(to_stderr=values["json"])
+    found = api.compare(
+        values["source"],
+        values["other"],
+        values["workdir"],
+        say=out.say,
+        progress=out.board,
+        data_progress=out.data,
+        most=values["most"],
+        smallest=values["smallest"],
+    )
+    print(json.dumps(found)) if values["json"] else out.compare(found)
+    return 0
+
+
 def _report(values: Flags, overrides: list[tuple[str, str]]) -> int:
     from jaxlm import api
 
@@ -350,6 +379,7 @@ VERBS: dict[str, tuple[Verb, Callable[[flags.FlagValues], None], str]] = {
     "sweep": (_sweep, _flags_sweep, "a ladder of runs, its fit, prediction and report"),
     "generate": (_generate, _flags_generate, "text from a trained run"),
     "fit": (_fit, _flags_fit, "scaling laws from a folder of runs or a CSV"),
+    "compare": (_compare, _flags_compare, "did a change help? paired seeds, as few as decide it"),
     "report": (_report, _flags_workdir, "(re)write a sweep's or run's page"),
     "doctor": (_doctor, _flags_doctor, "devices, versions, threads, disk, what is missing"),
 }

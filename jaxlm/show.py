@@ -150,6 +150,12 @@ class Lines:
         self._clear()
         self.console.print(form_table.table(found["laws"]))
 
+    def compare(self, found: dict[str, Any]) -> None:
+        from jaxlm.report import compare_table
+
+        self._clear()
+        self.console.print(compare_table.table(found))
+
 
 def _clock(seconds: float) -> str:
     s = round(max(0.0, seconds))

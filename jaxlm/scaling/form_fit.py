@@ -37,8 +37,9 @@ def fit(
     """The law `name` on the rows that are not held out, as JSON values (jaxlm.law/1).
 
     `drop_largest`: rows left out, those with the largest targets. `fixed`: parameters that are
-    given (where all are, the law is only evaluated). `residual`: of the logarithm or of the value; None: as the law says. `huber_delta`: inf
-    is least squares. `profile`: also profile intervals. `at`: a point to predict. The dict holds
+    given (where all are, the law is only evaluated). `residual`: of the logarithm or of the value;
+    None: as the law says. `huber_delta`: inf is least squares. `profile`: also profile intervals.
+    `at`: a point to predict. The dict holds
     `parameters` {name: {value, se, ci95, profile95, undetermined}}, `derived`, `objective`,
     `starts_at_optimum`, `noise`, `left_out` (errors of each budget predicted from the others, of
     the largest from the smaller ones, and of a naive guess), `held_out`, `at`, `residuals`,

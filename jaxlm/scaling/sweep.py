@@ -62,7 +62,7 @@ def claim(sweep: Sweep, folder: Path) -> list[Member]:
     if (folder / "config.json").exists():
         raise UserError(f"--workdir: {folder} holds a run, not a sweep; choose another")
     planned, path, resolved = members(sweep), folder / "sweep.json", to_dict(sweep)
-    rows = [_row(m) for m in planned]
+    rows = [member_row(m) for m in planned]
     if path.exists():
         old = read_json(path, "sweep")
         changed = [k for k in resolved if resolved[k] != old["sweep"].get(k)]
@@ -76,14 +76,14 @@ def claim(sweep: Sweep, folder: Path) -> list[Member]:
                 " choose another"
             )
         rows += [r for r in old["members"] if r["role"] == "holdout"]
-    _keep(path, {"format": "jaxlm.sweep/1", "sweep": resolved, "members": rows})
+    keep(path, {"format": "jaxlm.sweep/1", "sweep": resolved, "members": rows})
     return planned
 
 
 _MAY_CHANGE = ("name", "workers", "population", "keep_checkpoints", "sample_prompts")
 
 
-def _row(m: Member) -> dict[str, Any]:
+def member_row(m: Member) -> dict[str, Any]:
     return {
         "name": m.name,
         "role": m.role,
@@ -94,7 +94,7 @@ def _row(m: Member) -> dict[str, Any]:
     }
 
 
-def _keep(path: Path, body: dict[str, Any]) -> None:
+def keep(path: Path, body: dict[str, Any]) -> None:
     """Writes a file unless it holds this already."""
     with contextlib.suppress(OSError, ValueError):
         if json.loads(path.read_text()) == plain(body):
@@ -186,7 +186,7 @@ def run_holdout(sweep: Sweep, folder: Path, prediction: dict[str, Any], **how: A
     member, path = holdout(sweep, prediction["params"]), folder / "sweep.json"
     body = read_json(path, "sweep")
     others = [r for r in body["members"] if r["role"] != "holdout"]
-    _keep(path, {**body, "members": [*others, _row(member)]})
+    keep(path, {**body, "members": [*others, member_row(member)]})
     run_members(sweep, folder, [member], **how)
     return member
 
@@ -214,7 +214,7 @@ def score(folder: Path, member: Member, prediction: dict[str, Any], say: Say) ->
         "prediction_sha256": prediction["sha256"],
         "verdict": verdict,
     }
-    _keep(folder / "score.json", body)
+    keep(folder / "score.json", body)
     say(
         f"measured {row.loss:.4f}: {error:+.2%} off the prediction,"
         f" {'inside' if inside else 'outside'} the 95 % interval"
