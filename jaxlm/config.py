@@ -26,10 +26,19 @@ class DataConfig:
     text_field: str = doc("text", "which field of a record, or column of a table, is the text")
     file_urls: bool = doc(False, "whether a source may be a file:// URL")
     tokenizer: str = doc("bytes", "'bytes', 'bpe' (trained here), or a path to a tokenizer.json")
+    tokenizer_bytes: int = doc(64 << 20, "bytes of text that a tokenizer is trained on, at most")
     eval_fraction: float = doc(0.05, "share of documents held out for evaluation, by hash of text")
     eval_sequences: int = doc(256, "sequences in one evaluation")
     max_epochs: float = doc(1.0, "how often a token may be seen before the run is refused")
     seed: int | None = doc(None, "seed of the sample order; None: the run's seed")
+    packing: Literal["split", "best_fit"] = doc(
+        "split", "split: documents in a row, cut at windows; best_fit: whole ones where they fit"
+    )
+    weights: tuple[float, ...] = doc((), "share of each source in a batch; (): as large as it is")
+    curriculum: tuple[tuple[float, tuple[float, ...]], ...] = doc(
+        (), "((0.8, (1, 3)), …): weights that hold from this share of the steps on"
+    )
+    workers: int = doc(0, "processes that make shards; 0: one per core")
     dir: str = doc("", "folder of the token shards; '': data/ in the run's (or sweep's) folder")
 
 

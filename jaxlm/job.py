@@ -84,10 +84,13 @@ def _groups(todo: list[Run]) -> list[list[Run]]:
 
 def _fit(group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress) -> None:
     config = group[0].config
-    train_set = loader.Dataset.open(data_dir, "train", config.model.seq_len)
+    train_set = loader.Dataset.open(data_dir, "train", config.model.seq_len, config.data.packing)
     sequences = config.train.steps * config.train.global_batch_size
-    loader.check_epochs(train_set, sequences, config.data.max_epochs)
-    observers = _observers(config, data_dir)
+    mixture = loader.mixture_of(train_set, config.data, sequences)
+    for run in group:
+        seed = loop.data_seed(run.config)
+        loader.check_epochs(train_set, sequences, config.data.max_epochs, seed, mixture)
+    observers = [*_observers(config, data_dir), _seen(train_set, mixture)]
     for run in group:
         _keep_data_card(run.folder, data_dir)
     with contextlib.ExitStack() as held:
@@ -100,7 +103,7 @@ def _fit(group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress) -
             progress(run, row)
 
         held.enter_context(jax.set_mesh(mesh.make(config)))
-        loop.fit(group, train_set, observers, stop, send)
+        loop.fit(group, train_set, observers, stop, send, mixture)
 
 
 def _observers(config: Config, data_dir: Path) -> list[loop.Observer]:
@@ -114,6 +117,17 @@ def _observers(config: Config, data_dir: Path) -> list[loop.Observer]:
     if t.sample_prompts:
         watch.append(decode.samples(words, t.sample_prompts, t.sample_tokens, config.seed))
     return watch
+
+
+def _seen(dataset: loader.Dataset, mixture: loader.Mixture | None) -> loop.Observer:
+    """How often each source was seen."""
+
+    def observe(config: Config, params: Any, step: int) -> list[dict[str, Any]]:
+        sequences = step * config.train.global_batch_size
+        found = loader.epochs(dataset, loop.data_seed(config), sequences, mixture)
+        return [{"step": step, **{f"data/epochs/{name}": x for name, x in found.items()}}]
+
+    return observe
 
 
 def _keep_data_card(folder: Path, data_dir: Path) -> None:

@@ -10,6 +10,7 @@ from reference import flat, unflat
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
 from jaxlm.data.loader import Batch, Dataset
+from jaxlm.data.windows import Segment
 from jaxlm.model import transformer
 from jaxlm.train import optimizer
 from jaxlm.train.step import State
@@ -106,7 +107,8 @@ def dataset(config: Config, tokens: int = 4000, seed: int = 0) -> Dataset:
     ids = np.cumsum(rng.integers(0, 3, tokens)) % vocab
     offsets = np.unique([0, *rng.integers(1, tokens, tokens // 40), tokens])
     one = np.ones(vocab, np.int32)
-    return Dataset(ids.astype(np.uint8), offsets.astype(np.int64), one, config.model.seq_len)
+    segment = Segment(ids.astype(np.uint8), offsets.astype(np.int64))
+    return Dataset((segment,), one, config.model.seq_len)
 
 
 def assert_near(got: dict, want: dict, rel: float = 2e-5) -> None:

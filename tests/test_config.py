@@ -268,7 +268,8 @@ def test_references_resolve_or_say_what_is_wrong(tmp_path):
 
 # Names, places and what is only watched: all else changes what is computed.
 NOT_IDENTITY = {
-    "name", "data.dir", "data.licence", "train.log_every", "train.checkpoint_every",
+    "name", "data.dir", "data.licence", "data.file_urls", "data.workers", "train.log_every",
+    "train.checkpoint_every",
     "train.keep_checkpoints", "train.probes", "train.sample_prompts", "train.sample_tokens",
     "train.track", "train.profile",
 }  # fmt: skip
@@ -290,7 +291,9 @@ def another(value, want):
     if want is bool:
         return not value
     if isinstance(value, tuple):
-        return (*value, "more")
+        item = typing.get_args(want)[0]
+        more = {str: "more", float: 1.0}.get(item, (0.5, (1.0,)))
+        return (*value, more)
     return f"{value}x" if want is str else (value or 0) + 1
 
 

@@ -203,7 +203,12 @@ def test_damaged_files_are_named_in_one_line_and_left_as_they_are(sittings, plac
         ([run / "record.json"], b"\x00" * 100, 1, "record.json"),
         ([run / "record.json"], b'{"format": "jaxlm.record/1"}', 2, "record.json.name: missing"),
         ([run / "data" / "manifest.json"], b"{", 1, "manifest.json: damaged"),
-        ([run / "data" / "train.tokens.npy"], b"no array", 1, "train.tokens.npy is damaged"),
+        (
+            [run / "data" / "train-00000.tokens.npy"],
+            b"no array",
+            1,
+            "train-00000.tokens.npy is damaged",
+        ),
         (newest, b"{}", 1, "no checkpoint verifies"),
         ([run / "metrics.jsonl"], b"{}\n{\n{}\n", 1, "metrics.jsonl:2: damaged"),
     ]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxlm.config import DataConfig
 from jaxlm.data import loader, shards
 from jaxlm.data.loader import Batch, Dataset
+from jaxlm.data.windows import Segment, best_fit
 from jaxlm.schema import UserError
 
 
@@ -20,25 +21,26 @@ def dataset(lengths, seq_len, dtype=np.uint16):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(1, offsets[-1] + 1).astype(dtype)
     token_bytes = np.arange(70_000, dtype=np.int32) % 5
-    return Dataset(tokens, offsets, token_bytes, seq_len)
+    return Dataset((Segment(tokens, offsets),), token_bytes, seq_len)
 
 
 def window(data, number):
     """One window from the definition alone, token by token."""
+    tokens, offsets = data.segments[0].tokens, data.segments[0].offsets
     document = [
-        d for d in range(len(data.offsets) - 1)
-        for _ in range(data.offsets[d], data.offsets[d + 1])
+        d for d in range(len(offsets) - 1)
+        for _ in range(offsets[d], offsets[d + 1])
     ]  # fmt: skip
     start = number * data.seq_len
     rows = []
     for i in range(start, start + data.seq_len):
         rows.append(
             (
-                int(data.tokens[i]),
-                int(data.tokens[i + 1]),
+                int(tokens[i]),
+                int(tokens[i + 1]),
                 float(document[i] == document[i + 1]),
                 1 + document[i] - document[start],
-                i - max(start, int(data.offsets[document[i]])),
+                i - max(start, int(offsets[document[i]])),
             )
         )
     return Batch(*map(list, zip(*rows, strict=True)))
@@ -65,13 +67,16 @@ def test_each_token_but_the_first_is_a_target_once(lengths, seq_len):
     data = dataset([*lengths, seq_len + 1], seq_len)
     targets = data.windows(np.arange(len(data))).targets.reshape(-1)
     assert targets.tolist() == list(range(2, 2 + len(data) * seq_len))
-    assert len(data.tokens) - targets[-1] < seq_len  # and less than a window is left out
+    assert (
+        len(data.segments[0].tokens) - targets[-1] < seq_len
+    )  # and less than a window is left out
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
 def test_ids_survive_their_type(dtype):
     big = np.iinfo(dtype).max if dtype != np.uint32 else 2**31 - 1
-    data = Dataset(np.full(9, big, dtype), np.array([0, 9]), np.zeros(1, np.int32), 4)
+    segment = Segment(np.full(9, big, dtype), np.array([0, 9]))
+    data = Dataset((segment,), np.zeros(1, np.int32), 4)
     assert (data.windows(np.array([[0], [1]])).tokens == big).all()
 
 
@@ -176,7 +181,9 @@ def test_a_worker_process_may_stop_in_the_middle_without_noise():
     code = """
 import numpy as np
 from jaxlm.data.loader import Dataset, chunks
-data = Dataset(np.zeros(99, np.uint8), np.array([0, 99]), np.zeros(256, np.int32), 4)
+from jaxlm.data.windows import Segment, best_fit
+segment = Segment(np.zeros(99, np.uint8), np.array([0, 99]))
+data = Dataset((segment,), np.zeros(256, np.int32), 4)
 print(next(chunks(data, 0, 0, 10**6, 4, 10)).tokens.shape)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -222,8 +229,9 @@ def test_a_built_folder_is_served_and_its_bytes_add_up(name, tmp_path):
         assert len(found) == (getattr(manifest, split).tokens - 1) // 16
         batch, target_bytes = loader.eval_batch(found, len(found))
         # Per document everything but its first token is predicted; the tail is left out.
-        served = found.tokens[: len(found) * 16 + 1]
-        first = found.offsets[:-1][found.offsets[:-1] < len(served)]
+        [segment] = found.segments
+        served = segment.tokens[: len(found) * 16 + 1]
+        first = segment.offsets[:-1][segment.offsets[:-1] < len(served)]
         want = found.token_bytes[served].sum() - found.token_bytes[served[first]].sum()
         assert target_bytes.sum() == want
         assert (batch.weights == 0).sum() == len(first) - 1
@@ -241,3 +249,165 @@ def test_too_little_text_and_too_many_epochs_are_refused(tmp_path):
         loader.check_epochs(train, 2 * len(train), 1.0)
     with pytest.raises(UserError, match="no such file"):
         Dataset.open(tmp_path / "none", "train", 32)
+
+
+# ------------------------------------------------------------------------------- several segments
+
+
+def joined(parts, seq_len, packing="split"):
+    """Several datasets' segments as one; part k is source k."""
+    segments = tuple(
+        Segment(p.segments[0].tokens, p.segments[0].offsets, k) for k, p in enumerate(parts)
+    )
+    names = tuple(f"s{k}" for k in range(len(parts)))
+    return Dataset(segments, parts[0].token_bytes, seq_len, packing, names)
+
+
+def test_windows_of_several_segments_are_those_of_each():
+    parts = [dataset([11, 30], 5), dataset([3], 5), dataset([40], 5)]
+    data = joined(parts, 5)
+    lengths = [len(p) for p in parts]
+    assert lengths == [8, 0, 7] and len(data) == 15
+    numbers = np.array([[14, 0], [7, 8]])
+    found = data.windows(numbers)
+    for i, (part, number) in enumerate([(2, 6), (0, 0), (0, 7), (2, 0)]):
+        want = parts[part].windows(np.array([number]))
+        for leaf, one in zip(found, want, strict=True):
+            np.testing.assert_array_equal(leaf.reshape(4, 5)[i], one[0])
+
+
+# --------------------------------------------------------------------------------------- packing
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), spare=st.integers(0, 4))
+def test_best_fit_is_best_fit_decreasing(sizes, spare):
+    capacity = max(sizes) + spare
+    bins, room = [], []
+    for size in sorted(sizes, reverse=True):  # from the definition
+        fits = [(r, i) for i, r in enumerate(room) if r >= size]
+        i = min(fits)[1] if fits else len(room)
+        if not fits:
+            room.append(capacity)
+        room[i] -= size
+        bins.append(i)
+    found = best_fit(np.array(sizes, np.int32), capacity)
+    filled = np.bincount(found, sizes)
+    assert filled.max() <= capacity
+    assert sorted(filled.tolist()) == sorted(capacity - r for r in room)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(2, 25), min_size=1, max_size=20), seq_len=st.integers(1, 12))
+def test_packed_documents_are_whole_and_each_target_comes_once(lengths, seq_len):
+    data = joined([dataset(lengths, seq_len)], seq_len, "best_fit")
+    batch = data.windows(np.arange(len(data)))
+    offsets = data.segments[0].offsets
+    real = batch.weights > 0
+    firsts = set((offsets[:-1] + 1).tolist())  # ids are 1, 2, … in order
+    want = [i for i in range(1, offsets[-1] + 1) if i not in firsts]
+    assert sorted(batch.targets[real].tolist()) == want
+    assert (batch.targets[real] == batch.tokens[real] + 1).all()
+    for row in range(len(data)):
+        pieces = [np.flatnonzero(batch.segment_ids[row] == s) for s in range(1, seq_len + 2)]
+        for piece in pieces:
+            if len(piece) and real[row, piece[0]]:
+                tokens = batch.tokens[row, piece]
+                assert (np.diff(tokens) == 1).all() and (np.diff(piece) == 1).all()
+                assert batch.positions[row, piece].tolist() == list(range(len(piece)))
+                end = batch.targets[row, piece[-1]]
+                assert end in offsets or len(piece) == seq_len  # cut only where a window ends
+
+
+# --------------------------------------------------------------------------------------- mixtures
+
+
+def test_weights_are_exact_in_each_block_and_epochs_are_permutations():
+    data = joined([dataset([400], 4), dataset([1200], 4)], 4)
+    mixed = loader.mixture_of(data, DataConfig(weights=(3, 1)), 4000)
+    numbers = loader._numbers(data, mixed, 7, np.arange(4000))
+    first = len(data.windows_of[0])
+    for block in numbers.reshape(4, 1000):
+        assert (block < first).sum() == 750
+    own = numbers[numbers < first]
+    for epoch in range(len(own) // first):
+        assert sorted(own[epoch * first : (epoch + 1) * first]) == list(range(first))
+    seen = loader.epochs(data, 7, 4000, mixed)
+    assert seen == {"s0": 3000 / 99, "s1": 1000 / 299}
+    with pytest.raises(UserError, match=r"30\.30 epochs of s0"):
+        loader.check_epochs(data, 4000, 5.0, 7, mixed)
+
+
+def test_a_curriculum_changes_the_weights_and_loses_no_place():
+    data = joined([dataset([4000], 4), dataset([4000], 4)], 4)
+    plan = DataConfig(weights=(1, 0), curriculum=((0.5, (1, 1)), (0.9, (0, 1))))
+    mixed = loader.mixture_of(data, plan, 1700)
+    source, ordinal = mixed.drawn(3, np.arange(1700))
+    assert (source[:850] == 0).all() and (source[1530:] == 1).all()
+    assert 200 < (source[850:1530] == 0).sum() < 480
+    for k in (0, 1):  # each source's own samples come in order, none twice
+        assert ordinal[source == k].tolist() == list(range((source == k).sum()))
+        assert mixed.counts(3, 1700)[k] == (source == k).sum()
+    some = np.array([1699, 3, 900])
+    again = mixed.drawn(3, some)
+    np.testing.assert_array_equal(again, (source[some], ordinal[some]))
+
+
+@pytest.mark.parametrize(
+    ("plan", "line"),
+    [
+        ({"weights": (1,)}, "data.weights: expected 2 weights"),
+        ({"weights": (0, 0)}, "expected 2 weights"),
+        ({"curriculum": ((0.5, (1, 1)),)}, "the weights that hold before"),
+        ({"weights": (1, 1), "curriculum": ((1.5, (1, 1)),)}, r"data\.curriculum\[0\]: .* got 1.5"),
+        ({"weights": (1, 1), "curriculum": ((0.5, (1, 1)), (0.5, (1, 2)))}, "curriculum.1.: "),
+    ],
+)
+def test_a_wrong_mixture_is_refused(plan, line):
+    data = joined([dataset([400], 4), dataset([400], 4)], 4)
+    with pytest.raises(UserError, match=line):
+        loader.mixture_of(data, DataConfig(**plan), 100)
+
+
+def test_a_source_of_less_than_a_window_cannot_be_weighed():
+    data = joined([dataset([400], 4), dataset([3], 4)], 4)
+    with pytest.raises(UserError, match="'s1' has less than one sequence"):
+        loader.mixture_of(data, DataConfig(weights=(1, 1)), 100)
+
+
+# ---------------------------------------------------------------------------- the matrix of orders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("how", ["split", "best_fit", "weighed"])
+def test_hosts_workers_and_stops_change_nothing(hosts, workers, how):
+    """20 random stops and resumes; `workers`: read at once, or ahead with 1 or 2 steps a chunk."""
+    packing = "best_fit" if how == "best_fit" else "split"
+    data = joined([dataset([11, 30, 5, 300, 7, 250], 5), dataset([90, 40, 500], 5)], 5, packing)
+    batch_size, epoch = 8, len(data)
+    steps = 2 * epoch // batch_size
+    weights = (2.0, 1.0) if how == "weighed" else ()
+    mixed = loader.mixture_of(data, DataConfig(weights=weights), steps * batch_size)
+    whole = loader.chunk(data, 5, 0, steps, batch_size, None, mixed)
+    rng = np.random.default_rng(hosts * 3 + workers)
+    cuts = sorted(rng.choice(np.arange(1, steps), 20, replace=False).tolist())
+    rows = batch_size // hosts
+    seen = []
+    for begin, end in zip([0, *cuts], [*cuts, steps], strict=True):
+        parts = []
+        for host in range(hosts):
+            mine, at = (host * rows, (host + 1) * rows), (5, begin * batch_size, end - begin)
+            if workers:
+                read = loader.chunks(data, *at, batch_size, workers, mine, mixed)
+                parts.append(np.concatenate([b.tokens for b in read]))
+            else:
+                parts.append(loader.chunk(data, *at, batch_size, mine, mixed).tokens)
+        seen.append(np.concatenate(parts, axis=1))
+    found = np.concatenate(seen)
+    np.testing.assert_array_equal(found, whole.tokens)
+    if how != "weighed":  # the multiset of an epoch is each window once
+        flat = [row.tobytes() for row in found.reshape(-1, 5)[:epoch]]
+        every = [row.tobytes() for row in data.windows(np.arange(epoch)).tokens]
+        assert sorted(flat) == sorted(every)

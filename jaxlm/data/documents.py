@@ -88,12 +88,19 @@ def read(
     at all, or more than `MAX_UNUSABLE_SHARE` of the records unusable (at the end of the reading).
     """
     tally = Tally() if tally is None else tally
-    reading = reading or Reading(licence)
+    for _, document in numbered(sources, reading or Reading(licence), tally):
+        yield document
+
+
+def numbered(
+    sources: Sequence[str], reading: Reading, tally: Tally
+) -> Iterator[tuple[int, Document]]:
+    """As `read`, each document with the index of its source."""
     yielded = 0
     for unit in units(sources, reading):
         for document in tallied(unit, reading, tally):
             yielded += 1
-            yield document
+            yield unit.index, document
     tally.check()
     if not yielded:
         raise UserError(f"data.sources: no text in {', '.join(sources)}")

@@ -119,6 +119,6 @@ def _article(page: Any, parser: Any, place: str, wiki: tuple[str, str, str]) -> 
         language=language,
         text_licence="CC-BY-SA-4.0" if site == "Wikipedia" else UNSTATED,
         date=value("timestamp"),
-        attribution=f"{site} contributors, {title}" if site else title,
+        attribution=f"{site} contributors" if site else "",
         url=f"{base}/{title.replace(' ', '_')}" if base else "",
     )

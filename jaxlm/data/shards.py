@@ -1,15 +1,20 @@
 """Documents to flat token shards that can be memory-mapped, and the manifest that describes them.
 
-    train.tokens.npy   uint8/16/32 [tokens], documents one after another, each ended by eos
-    train.offsets.npy  int64 [documents + 1], where each document starts; the last is the end
-    eval.tokens.npy, eval.offsets.npy
-    tokenizer/         what `tokenizer.load` reads
-    quarantine.jsonl   the records that could not be used, by file and line
-    manifest.json      written last: a folder without it is unfinished and is built anew
+    train-00000.tokens.npy     uint8/16/32 [tokens], documents in a row, each ended by eos
+    train-00000.offsets.npy    int64 [documents + 1], where each starts; the last is the end
+    train-00000.documents.npy  (sha256 of the text, number of its origin) [documents]
+    eval-00000.tokens.npy …    the same for the held-out texts
+    tokenizer/                 what `tokenizer.load` reads
+    quarantine.jsonl           the records that could not be used, by file and line
+    manifest.json              written last: a folder without it is unfinished
 
-Both the split and the order within it follow from the sha256 of each text. So neither depends on
-the order of reading, a text never changes sides when others are added, and every prefix of the
-train split is a fair sample of the whole.
+Both the split and the order within a shard follow from the sha256 of each text. So neither depends
+on the order of reading, a text never changes sides when others are added, and every prefix of the
+train split is a fair sample of the whole. Within a shard the texts of each source stand together
+(a `Segment`), so that a run can weigh its sources.
+
+A shard is made by one worker and is there whole or not at all: a build that was interrupted goes on
+with the shards that are missing.
 """
 
 from __future__ import annotations
@@ -18,58 +23,40 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import mmap
 import os
-import tempfile
-from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from jaxlm.config import DataConfig
-from jaxlm.data import documents
+from jaxlm.data import documents, spool, tokenizing
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.documents import Tally
-from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.files import cannot_write, read_json, write_bytes, write_json
+from jaxlm.data.documents import Reading, Tally
+from jaxlm.data.record import Document, Unusable
+from jaxlm.data.spool import Bucket, Collected, Origin, Plan, Progress
+from jaxlm.data.tokenizing import KINDS, SPLITS, Piece
+from jaxlm.files import cannot_write, read_json, write_json
 from jaxlm.pyfile import is_reference
 from jaxlm.schema import JaxlmError, UserError, from_dict
 
 FORMAT = "jaxlm.data/1"
 MANIFEST = "manifest.json"
-_ARRAYS = [(split, kind) for split in ("train", "eval") for kind in ("tokens", "offsets")]
-GROUP_BYTES = 1 << 20  # text tokenised at once
-BPE_SAMPLE_BYTES = 64 << 20  # text that a BPE is trained on
-
-Progress = Callable[[int, int, str], None]
-"""Called as `progress(done_bytes, total_bytes, step)`; a total of 0 is unknown."""
+SHARD_BYTES = 64 << 20  # of text; a smaller corpus is one shard
 
 
 @dataclass(frozen=True)
 class Split:
-    """Sizes of one split, and sha256 (hex) of its two arrays' data."""
+    """Sizes of one split, and its shards."""
 
     documents: int
     bytes: int  # of UTF-8 text
     tokens: int  # with one eos per document
-    tokens_sha256: str
-    offsets_sha256: str
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What one source contributed under one set of terms: a line of the licence ledger."""
-
-    source: str
-    language: str
-    text_licence: str
-    package_licence: str
-    attribution: str
-    documents: int
-    bytes: int
+    shards: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -81,17 +68,19 @@ class Manifest:
     records: int  # read, before anything was dropped
     dropped: dict  # reason → records
     origins: tuple[Origin, ...]
-    tokenizer: dict  # name, kind, vocab_size, eos_id, fingerprint
+    tokenizer: dict  # name, kind, vocab_size, eos_id, lossless, fingerprint
     dtype: str
+    threshold: float  # hashes below it (as numbers in [0, 1)) are held out
     train: Split
     eval: Split
-    inputs_sha256: str  # over the set of texts
+    inputs_sha256: str  # over the hashes of the texts
     format: str = FORMAT
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that two data sets share when they hold the same tokens."""
-        hashes = [getattr(getattr(self, split), f"{kind}_sha256") for split, kind in _ARRAYS]
+        pieces = [p for split in SPLITS for p in getattr(self, split).shards]
+        hashes = [h for p in pieces for h in (p.tokens_sha256, p.offsets_sha256)]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
@@ -100,12 +89,15 @@ def build(
     vocab_size: int,
     out_dir: str | os.PathLike[str],
     progress: Progress | None = None,
+    append: bool = False,
 ) -> Manifest:
     """Make, or reuse, the token shards that `data` asks for.
 
     A finished folder for the same request is returned at once, without a look at the sources (a
     run that resumes must see the data it began with: delete the folder to read them anew). If
-    another process is building it, this one waits and then reuses the result.
+    another process is building it, this one waits and then reuses the result. With `append`, a
+    folder that was built for the first of these sources gets the rest as further shards; what is
+    there is not made again.
 
     Raises UserError: bad sources (see `documents.read`), too small a `vocab_size`, a folder that
     was built for something else; JaxlmError: damaged shards, a disk that cannot be written.
@@ -114,13 +106,15 @@ def build(
         raise UserError(f"data.dir: expected a folder on this machine, got {out_dir}")
     out, report = Path(out_dir), progress or (lambda done, total, step: None)
     request = _request(data, vocab_size)
-    if manifest := _finished(out, request):
+    if manifest := _finished(out, request, append):
         tokenizers.check_vocab(tokenizers.load(out / "tokenizer"), data.tokenizer, vocab_size)
         return manifest
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out, report):
-            return _finished(out, request) or _build(data, vocab_size, out, request, report)
+            before = read_manifest(out) if append and (out / MANIFEST).exists() else None
+            found = _finished(out, request, append)
+            return found or _build(data, vocab_size, out, request, report, before)
     except OSError as e:
         raise cannot_write(out, e) from e
 
@@ -135,23 +129,29 @@ def verify(directory: str | os.PathLike[str]) -> Manifest:
     """Read every byte and compare it with the manifest. Raises JaxlmError naming what differs."""
     out = Path(directory)
     manifest = read_manifest(out)
-    for split, kind in _ARRAYS:
-        values = open_array(out, manifest, split, kind)
-        if _sha256(values) != getattr(getattr(manifest, split), f"{kind}_sha256"):
-            raise JaxlmError(f"data.dir: {out}/{split}.{kind}.npy does not match its manifest")
+    for piece in (p for split in SPLITS for p in getattr(manifest, split).shards):
+        for kind in KINDS:
+            values = open_array(out, manifest, piece, kind)
+            if tokenizing.sha256(values) != getattr(piece, f"{kind}_sha256"):
+                path = out / f"{piece.name}.{kind}.npy"
+                raise JaxlmError(f"data.dir: {path} does not match its manifest")
     return manifest
 
 
-def open_array(out: Path, manifest: Manifest, split: str, kind: str) -> np.ndarray:
-    """The memory-mapped 'tokens' or 'offsets' of a split. Raises JaxlmError if it is not whole."""
-    path, sizes = out / f"{split}.{kind}.npy", getattr(manifest, split)
-    want = (sizes.tokens, manifest.dtype) if kind == "tokens" else (sizes.documents + 1, "int64")
+def open_array(out: Path, manifest: Manifest, piece: Piece, kind: str) -> np.ndarray:
+    """A memory-mapped array of a shard. Raises JaxlmError if it is not whole."""
+    path = out / f"{piece.name}.{kind}.npy"
+    shape, dtype = {
+        "tokens": (piece.tokens, np.dtype(manifest.dtype)),
+        "offsets": (piece.documents + 1, np.dtype("int64")),
+        "documents": (piece.documents, tokenizing.DOCUMENT),
+    }[kind]
     try:
         values = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as e:
         raise JaxlmError(f"data.dir: {path} is damaged ({e}); delete {out} to rebuild") from e
-    if values.shape != want[:1] or values.dtype != np.dtype(want[1]):
-        got = f"{values.dtype}{list(values.shape)}, expected {want[1]}[{want[0]}]"
+    if values.shape != (shape,) or values.dtype != dtype:
+        got = f"{values.dtype}{list(values.shape)}, expected {dtype}[{shape}]"
         raise JaxlmError(f"data.dir: {path} is damaged ({got}); delete {out} to rebuild")
     return values
 
@@ -168,30 +168,42 @@ def _request(data: DataConfig, vocab_size: int) -> dict[str, Any]:
         "tokenizer": data.tokenizer,
         "eval_fraction": data.eval_fraction,
     }
-    if data.tokenizer == "bpe":
-        request["vocab_size"] = vocab_size
+    if data.tokenizer in tokenizers.TRAINED:
+        request |= {"vocab_size": vocab_size, "tokenizer_bytes": data.tokenizer_bytes}
     own = [s.rpartition(":")[0] for s in data.sources if is_reference(s)]
     for path in (*own, data.tokenizer):
-        if path.endswith((".py", ".json")) and os.path.isfile(path):
+        if path.endswith((".py", ".json", ".model")) and os.path.isfile(path):
             request[f"sha256 of {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return request
 
 
-def _finished(out: Path, request: dict[str, Any]) -> Manifest | None:
-    files = (MANIFEST, *(f"{split}.{kind}.npy" for split, kind in _ARRAYS))
-    if not all((out / name).exists() for name in files):
+def _finished(out: Path, request: dict[str, Any], append: bool = False) -> Manifest | None:
+    if not (out / MANIFEST).exists():
         return None
     manifest = read_manifest(out)
+    pieces = [p for split in SPLITS for p in getattr(manifest, split).shards]
+    if not all((out / f"{p.name}.{kind}.npy").exists() for p in pieces for kind in KINDS):
+        return None
     if manifest.request != request:
         built = manifest.request
+        if append and _is_extended(built, request):
+            return None
         name = next(k for k in (*request, *built) if request.get(k) != built.get(k))
         raise UserError(
             f"data.dir: {out} was built for {name}={built.get(name)!r}, now {request.get(name)!r} "
             "is asked for; choose another data.dir or delete the folder"
         )
-    for split, kind in _ARRAYS:
-        open_array(out, manifest, split, kind)
+    for piece in pieces:
+        for kind in KINDS:
+            open_array(out, manifest, piece, kind)
     return manifest
+
+
+def _is_extended(built: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Whether `request` is what was built, and more sources after these."""
+    n = len(built["sources"])
+    first = {**request, "sources": request["sources"][:n]}
+    return len(request["sources"]) > n and all(first.get(k) == v for k, v in built.items())
 
 
 @contextlib.contextmanager
@@ -209,194 +221,137 @@ def _locked(out: Path, report: Progress) -> Iterator[None]:
 # --------------------------------------------------------------------------------------- building
 
 
-@dataclass(frozen=True)
-class _Corpus:
-    """All distinct texts, in a temporary file, in the order of their hashes."""
-
-    text: mmap.mmap
-    starts: np.ndarray  # int64 [documents]
-    stops: np.ndarray  # int64 [documents]
-    digests: np.ndarray  # big-endian uint64 [documents, 4]: sha256, ascending
-
-    def part(self, keep: slice) -> _Corpus:
-        return _Corpus(self.text, self.starts[keep], self.stops[keep], self.digests[keep])
-
-    @property
-    def bytes(self) -> int:
-        return int((self.stops - self.starts).sum())
-
-    def groups(self) -> Iterator[tuple[list[str], int]]:
-        """Texts in groups of about GROUP_BYTES, with their size in bytes."""
-        group, size = [], 0
-        for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True):
-            group.append(self.text[start:stop].decode())
-            size += stop - start
-            if size >= GROUP_BYTES:
-                yield group, size
-                group, size = [], 0
-        if group:
-            yield group, size
-
-
 def _build(
-    data: DataConfig, vocab_size: int, out: Path, request: dict[str, Any], report: Progress
+    data: DataConfig,
+    vocab_size: int,
+    out: Path,
+    request: dict[str, Any],
+    report: Progress,
+    before: Manifest | None,
 ) -> Manifest:
-    tally = Tally()
-    with tempfile.TemporaryFile(dir=out) as spool:  # has no name, so no crash leaves it behind
-        corpus, origins = _collect(data, spool, tally, report)
-        train, held_out = _split(corpus, data.eval_fraction)
-        sample = _sample(train, report)
-        tokenizer = tokenizers.create(data.tokenizer, vocab_size, sample)
-        dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
-        sizes = [
-            _write(out, name, part, tokenizer, dtype, report)
-            for name, part in (("train", train), ("eval", held_out))
-        ]
-    tokenizer.save(out / "tokenizer")
-    _write_quarantine(out / "quarantine.jsonl", tally)
-    facts = ("kind", "vocab_size", "eos_id", "fingerprint")
+    folder, first = out / ".spool", len(before.request["sources"]) if before else 0
+    collected = _collect(data, folder, request, first, report)
+    known = _known(out, before)
+    threshold = before.threshold if before else None
+    plan = spool.plan(folder, data.eval_fraction, SHARD_BYTES, known, threshold)
+    if before is None and not (folder / "tokenizer.done").exists():
+        _tokenizer(data, vocab_size, folder, plan, report).save(out / "tokenizer")
+        (folder / "tokenizer.done").touch()
+    tokenizer = tokenizers.load(out / "tokenizer")
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
+    earlier, n_origins = (len(before.train.shards), len(before.origins)) if before else (0, 0)
+    tasks = [
+        tokenizing.Task(out, folder, i + earlier, buckets, plan.threshold, dtype, n_origins)
+        for i, buckets in enumerate(plan.tasks)
+    ]
+    source_of = [o.index for o in collected.origins]
+    written = tokenizing.run(tasks, source_of, known, data.workers, plan.bytes, report)
+    origins = _counted(collected.origins, written, n_origins)
+    facts = ("kind", "vocab_size", "eos_id", "lossless", "fingerprint")
     manifest = Manifest(
         request=request,
         locations={s: documents.location(s) for s in data.sources},
-        records=tally.records,
-        dropped=dict(sorted(tally.dropped.items())),
+        records=collected.records,
+        dropped={**collected.dropped, **({"duplicate": plan.repeated} if plan.repeated else {})},
         origins=origins,
         tokenizer={"name": data.tokenizer, **{n: getattr(tokenizer, n) for n in facts}},
         dtype=dtype,
-        train=sizes[0],
-        eval=sizes[1],
-        inputs_sha256=hashlib.sha256(corpus.digests.tobytes()).hexdigest(),
+        threshold=plan.threshold,
+        train=_sum(w["train"] for w in written),
+        eval=_sum(w["eval"] for w in written),
+        inputs_sha256=plan.inputs_sha256,
     )
+    if before is not None:
+        manifest = _joined(before, manifest)
+    listed = [dict(zip(Unusable._fields, row, strict=True)) for row in collected.listed]
+    lines = [json.dumps(row) + "\n" for row in ({"format": "jaxlm.quarantine/1"}, *listed)]
+    with open(out / "quarantine.jsonl", "a" if before else "w") as f:
+        f.writelines(lines[1:] if before else lines)
     write_json(out / MANIFEST, asdict(manifest))
+    shutil.rmtree(folder)
     return manifest
 
 
 def _collect(
-    data: DataConfig, spool: IO[bytes], tally: Tally, report: Progress
-) -> tuple[_Corpus, tuple[Origin, ...]]:
-    """Spool every text, then sort by hash and drop exact repetitions (the first read stays).
+    data: DataConfig, folder: Path, request: dict[str, Any], first: int, report: Progress
+) -> Collected:
+    """Spool the documents of the sources from number `first` on."""
+    tally, sources = Tally(), data.sources[first:]
+    reading = Reading(data.licence, data.text_field, data.file_urls)
 
-    40 bytes of memory per document; the texts themselves stay on disk.
-    """
-    total, done = documents.total_bytes(data.sources), 0
-    reading = documents.Reading(data.licence, data.text_field, data.file_urls)
-    digests, stops, origin_of = bytearray(), array("q", [0]), array("i")
-    origins: dict[tuple[str, str, str, str, str], int] = {}
-    for d in documents.read(data.sources, tally=tally, reading=reading):
-        raw = d.text.encode()
-        spool.write(raw)
-        digests += hashlib.sha256(raw).digest()
-        stops.append(stops[-1] + len(raw))
-        terms = (d.source, d.language, d.text_licence, d.package_licence, d.attribution)
-        origin_of.append(origins.setdefault(terms, len(origins)))
-        if stops[-1] - done >= GROUP_BYTES:
-            done = stops[-1]
-            report(done, total and max(total, done), "collecting")
-    report(stops[-1], stops[-1], "collecting")
-    spool.flush()
+    def each() -> Iterator[tuple[int, Document]]:
+        for index, document in documents.numbered(sources, reading, tally):
+            yield first + index, document
 
-    digest = np.frombuffer(digests, ">u8").reshape(-1, 4)
-    order = np.lexsort(digest.T[::-1])  # stable
-    repeated = np.zeros(len(order), bool)
-    repeated[1:] = (digest[order][1:] == digest[order][:-1]).all(axis=1)
-    if repeated.any():
-        tally.dropped["duplicate"] = int(repeated.sum())
-    kept = order[~repeated]
-    ends = np.array(stops, np.int64)
-    corpus = _Corpus(
-        text=mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ),
-        starts=ends[:-1][kept],
-        stops=ends[1:][kept],
-        digests=digest[kept],
+    total = documents.total_bytes(sources)
+    return spool.collect(each(), tally, folder, request, total, report)
+
+
+def _tokenizer(
+    data: DataConfig, vocab_size: int, folder: Path, plan: Plan, report: Progress
+) -> tokenizers.Tokenizer:
+    """The tokenizer, trained where needed: any prefix of the train split is a fair sample."""
+    total = min(plan.bytes - plan.eval_bytes, data.tokenizer_bytes)
+
+    def sample() -> Iterator[str]:
+        done = 0
+        for number in range(spool.BUCKETS):
+            bucket = Bucket(folder, number)
+            train = np.flatnonzero(~spool.is_below(bucket.digests, plan.threshold))
+            for texts, size in spool.groups(bucket.text(i) for i in train.tolist()):
+                done += size
+                report(min(done, total), total, "training the tokenizer")
+                yield from texts
+                if done >= total:
+                    return
+
+    return tokenizers.create(data.tokenizer, vocab_size, sample())
+
+
+def _known(out: Path, before: Manifest | None) -> np.ndarray:
+    """Hashes of the texts that are in the folder already: uint8 [n, 32]."""
+    if before is None:
+        return np.zeros((0, 32), np.uint8)
+    pieces = [p for split in SPLITS for p in getattr(before, split).shards]
+    arrays = [open_array(out, before, p, "documents")["sha256"] for p in pieces]
+    return np.concatenate(arrays)
+
+
+def _counted(
+    origins: tuple[Origin, ...], written: list[dict[str, Piece]], offset: int
+) -> tuple[Origin, ...]:
+    """The ledger with what each line contributed. Lines without a text left keep their number."""
+    counts, sizes = np.zeros(len(origins), np.int64), np.zeros(len(origins), np.int64)
+    for piece in (p for w in written for p in w.values()):
+        for number, n, size in piece.origins:
+            counts[number - offset] += n
+            sizes[number - offset] += size
+    return tuple(
+        replace(o, documents=int(c), bytes=int(s))
+        for o, c, s in zip(origins, counts, sizes, strict=True)
     )
-    of = np.array(origin_of)[kept]
-    counts = np.bincount(of, minlength=len(origins))
-    sizes = np.bincount(of, corpus.stops - corpus.starts, minlength=len(origins))
-    ledger = [Origin(*o, int(counts[i]), int(sizes[i])) for o, i in origins.items()]
-    return corpus, tuple(o for o in ledger if o.documents)
 
 
-def _split(corpus: _Corpus, eval_fraction: float) -> tuple[_Corpus, _Corpus]:
-    """Train and eval: the texts whose hash, read as a number in [0, 1), is below `eval_fraction`
-    are held out; at least one text, and not all of them."""
-    n = len(corpus.digests)
-    if n < 2:
-        raise UserError(
-            "data.sources: one distinct document only, so none can be held out for evaluation"
-        )
-    below = np.searchsorted(corpus.digests[:, 0].astype(np.float64) / 2.0**64, eval_fraction)
-    cut = int(np.clip(below, 1, n - 1))
-    return corpus.part(slice(cut, None)), corpus.part(slice(cut))
-
-
-def _sample(train: _Corpus, report: Progress) -> Iterator[str]:
-    """Train texts to learn a vocabulary from; any prefix of the split is a fair sample."""
-    total, done = min(train.bytes, BPE_SAMPLE_BYTES), 0
-    for texts, size in train.groups():
-        if done >= total:
-            break
-        done += size
-        report(min(done, total), total, "training the tokenizer")
-        yield from texts
-
-
-def _write(
-    out: Path, name: str, part: _Corpus, tokenizer: Tokenizer, dtype: str, report: Progress
-) -> Split:
-    """Tokenise one split into its two arrays."""
-    sha256, offsets, done = hashlib.sha256(), array("q", [0]), 0
-    with open(out / f"{name}.tokens.npy", "wb") as f:
-        start = _write_header(f, dtype, 0)
-        for texts, size in part.groups():
-            rows = tokenizer.encode_batch(texts)
-            ids = np.concatenate([x for row in rows for x in (row, [tokenizer.eos_id])])
-            if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-                raise JaxlmError(f"data.tokenizer: id {ids.max()} is not below its vocabulary size")
-            for row in rows:
-                offsets.append(offsets[-1] + len(row) + 1)
-            values = ids.astype(dtype).tobytes()
-            sha256.update(values)
-            f.write(values)
-            done += size
-            report(done, part.bytes, f"tokenising ({name})")
-        f.seek(0)
-        assert _write_header(f, dtype, offsets[-1]) == start
-        _sync(f)
-    with open(out / f"{name}.offsets.npy", "wb") as f:
-        np.save(f, np.array(offsets, np.int64))
-        _sync(f)
+def _sum(pieces: Iterable[Piece]) -> Split:
+    whole = tuple(p for p in pieces if p.documents)
     return Split(
-        documents=len(part.digests),
-        bytes=part.bytes,
-        tokens=offsets[-1],
-        tokens_sha256=sha256.hexdigest(),
-        offsets_sha256=hashlib.sha256(offsets.tobytes()).hexdigest(),
+        documents=sum(p.documents for p in whole),
+        bytes=sum(p.bytes for p in whole),
+        tokens=sum(p.tokens for p in whole),
+        shards=whole,
     )
 
 
-# ------------------------------------------------------------------------------------------ files
-
-
-def _write_header(f: IO[bytes], dtype: str, tokens: int) -> int:
-    """The .npy header for a flat array, and where it ends; numpy pads it to a fixed length, so
-    that the final one fits over the first."""
-    shape = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (tokens,)}
-    np.lib.format.write_array_header_1_0(f, shape)
-    return f.tell()
-
-
-def _write_quarantine(path: Path, tally: Tally) -> None:
-    lines = [{"format": "jaxlm.quarantine/1"}, *(u._asdict() for u in tally.listed)]
-    write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def _sync(f: IO[bytes]) -> None:
-    f.flush()
-    os.fsync(f.fileno())
-
-
-def _sha256(values: np.ndarray) -> str:
-    sha256 = hashlib.sha256()
-    for i in range(0, len(values), GROUP_BYTES):
-        sha256.update(values[i : i + GROUP_BYTES].tobytes())
-    return sha256.hexdigest()
+def _joined(before: Manifest, new: Manifest) -> Manifest:
+    """What an appended folder holds in all."""
+    dropped = Counter(before.dropped) + Counter(new.dropped)
+    inputs = hashlib.sha256((before.inputs_sha256 + new.inputs_sha256).encode())
+    return replace(
+        new,
+        records=before.records + new.records,
+        dropped=dict(sorted(dropped.items())),
+        origins=(*before.origins, *new.origins),
+        train=_sum((*before.train.shards, *new.train.shards)),
+        eval=_sum((*before.eval.shards, *new.eval.shards)),
+        inputs_sha256=inputs.hexdigest(),
+    )

@@ -16,6 +16,7 @@ from jaxlm.schema import JaxlmError, UserError, hint
 
 FORMAT = "jaxlm.tokenizer/1"
 EOS = "<|endoftext|>"
+TRAINED = ("bpe",)
 BPE_MIN_VOCAB = 257  # all bytes and the end of text
 
 # Ends of text by convention, for a tokenizer.json that says nothing about its own.
@@ -36,6 +37,10 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int:
         """The id appended after each document. No text encodes to it, except NUL in 'bytes'."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every text comes back exactly."""
 
     @property
     def fingerprint(self) -> str:
@@ -114,6 +119,7 @@ class Bytes:
     kind = "bytes"
     vocab_size = 256
     eos_id = 0
+    lossless = True
     fingerprint = hashlib.sha256(b"jaxlm.tokenizer/1 bytes eos=0").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -137,6 +143,16 @@ class Bytes:
 # ----------------------------------------------------------------------------------------- subword
 
 
+# What tokenizers lose: spaces, line ends, case, width, composition, unknown and control characters.
+_PROBES = (
+    " a  b\t\n\r\n c ",
+    "AaÀÉé e\u0301 ﬁ ½ ① Ｆｕｌｌ ｶﾞ",
+    "▁ ## Ġ <0x41> <unk> [UNK] ``x'' don 't , .",
+    "今日はいい天気ですね。𠮟る 한국어 ไทย العربية 👩‍👩‍👧",
+    "\x01\x7f\x85\u200b\u2028\ufeff\U000e0001\uffff",
+)
+
+
 class Subword:
     """A Hugging Face tokenizer. Text that spells a special token stays text."""
 
@@ -151,6 +167,7 @@ class Subword:
             raise UserError(f"data.tokenizer: its end of text {eos!r} is not in its vocabulary")
         self.inner, self.eos, self.eos_id = inner, eos, int(eos_id)
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
+        self.lossless = all(self.decode(self.encode(text)) == text for text in _PROBES)
         self.fingerprint = hashlib.sha256(f"{inner.to_str()}\n{eos}".encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:

@@ -75,6 +75,7 @@ def fit(
     observers: Sequence[Observer] = (),
     stop: Any = False,
     progress: Progress = lambda run, row: None,
+    mixture: loader.Mixture | None = None,
 ) -> list[record.RunRecord]:
     """Train `runs` to their end, from wherever they are; returns their records.
 
@@ -83,7 +84,7 @@ def fit(
     a lone run that became non-finite (a population's members only end early), JaxlmError on a full
     disk.
     """
-    return _Loop(runs, dataset, observers, stop, progress).run()
+    return _Loop(runs, dataset, observers, stop, progress, mixture).run()
 
 
 class _Loop:
@@ -96,10 +97,12 @@ class _Loop:
         observers: Sequence[Observer],
         stop: Any,
         progress: Progress,
+        mixture: loader.Mixture | None,
     ) -> None:
         self.members = [_Member(run) for run in runs]
         self.config = runs[0].config
         self.dataset, self.observers, self.stop, self.progress = dataset, observers, stop, progress
+        self.mixture = mixture
         self.population = len(runs) if len(runs) > 1 else 0
         self.mesh = jax.sharding.get_mesh()
         self.program: Program = program(self.config, self.population)
@@ -167,6 +170,7 @@ class _Loop:
                 steps=t.steps - self.step,
                 batch_size=t.global_batch_size,
                 steps_per_chunk=t.steps_per_dispatch,
+                mixture=self.mixture,
             )
             for m in self.members
         ]
