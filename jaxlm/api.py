@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxlm.config import Config, Sweep
+from jaxlm.config import Config, MeshConfig, Sweep
 from jaxlm.experiment import fingerprint, located
 from jaxlm.files import Mirror, read_json, write_json
 from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train.record import RunRecord
 from jaxlm.train.workdir import StopFlag, lock
+
+if TYPE_CHECKING:
+    from jaxlm.language_model import LanguageModel
 
 Say = Callable[[str], None]
 
@@ -255,30 +258,77 @@ def generate(
     """Continuations of `prompts` by the newest checkpoint of a run, or of a sweep's best run."""
     import jax
 
-    from jaxlm import job
-    from jaxlm.data import tokenizer
     from jaxlm.generate import decode
+
+    model = from_pretrained(workdir)
+    with jax.set_mesh(model.mesh):
+        return decode.continue_text(
+            model.config,
+            model.params,
+            model.tokenizer,
+            list(prompts),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+
+
+def from_pretrained(source: str | Path, *, devices: MeshConfig | None = None) -> LanguageModel:
+    """A model to use: a Hugging Face folder, a .gguf file, a run's or sweep's workdir (its best
+    run), or else a name on the Hugging Face hub, which is fetched.
+
+    It lies on one device (a run on its own mesh) unless `devices` names sizes of mesh axes, over
+    all of them. Raises UserError for what is not there, damaged, or not computed by these layers.
+    """
+    from jaxlm import job, language_model
     from jaxlm.scaling import sweep as stages
-    from jaxlm.train.run import read_config
 
     job.cache_compilations()
-    with _folder(workdir) as folder:
+    if "://" not in str(source) and not _is_ours(Path(source)):
+        return language_model.of_checkpoint(source, devices)
+    with _folder(source) as folder:
         if (folder / "sweep.json").exists():
             folder = folder / "runs" / stages.best(folder)
-        config = read_config(folder)
-        words = tokenizer.load(folder / "tokenizer")
-        with jax.set_mesh(job.reading_mesh(config)):
-            return decode.continue_text(
-                config.model,
-                job.load_params(config, folder),
-                words,
-                list(prompts),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-            )
+        return language_model.of_run(folder, devices)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run or a sweep lies there, finished or not."""
+    config = folder / "config.json"
+    others = config.exists() and "model_type" in config.read_text("utf-8", "replace")
+    return folder.is_dir() and not others and not any(folder.glob("*.gguf"))
+
+
+def export(
+    source: str | Path, out: str | Path, *, dtype: str = "float32", verify: bool = False
+) -> dict[str, Any]:
+    """Writes what `from_pretrained(source)` gives as a folder that `transformers` loads.
+
+    Returns its `model_type` and, with `verify`, the largest |Δlogit| of the folder read back, by
+    jaxlm and by transformers (None where it is not installed). Raises UserError; JaxlmError where
+    logits differ by more than 1e-3 (float32 only).
+    """
+    import jax
+
+    from jaxlm import language_model
+    from jaxlm.model.hf.verify import differences
+
+    model = from_pretrained(source)
+    family = language_model.export(model, Path(out), dtype=dtype)
+    found: dict[str, Any] = {
+        "format": "jaxlm.export/1",
+        "out": str(out),
+        "family": family.model_type,
+    }
+    if verify:
+        with jax.set_mesh(model.mesh):
+            found["verified"] = differences(model.config, model.params, Path(out))
+        worst = max(d for d in found["verified"].values() if d is not None)
+        if dtype == "float32" and not worst <= 1e-3:
+            raise JaxlmError(f"{out}: logits differ by {worst:.2g} after export")
+    return found
 
 
 def fit(

@@ -177,6 +177,14 @@ def _flags_compare(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
 
 
+def _flags_export(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "a run, or a checkpoint to convert", flag_values=values)
+    flags.DEFINE_string("out", None, "new folder for transformers to load", flag_values=values)
+    flags.DEFINE_string("dtype", "float32", "or float16, bfloat16", flag_values=values)
+    flags.DEFINE_boolean("verify", False, "read it back, compare logits", flag_values=values)
+    flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
+
+
 def _flags_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the sweep or run", flag_values=values)
 
@@ -365,6 +373,24 @@ def _report(values: Flags, overrides: list[tuple[str, str]]) -> int:
     return 0
 
 
+def _export(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import api
+
+    if not values["workdir"] or not values["out"]:
+        raise UserError("jaxlm export: expected --workdir=RUN and --out=DIR")
+    if values["dtype"] not in ("float32", "float16", "bfloat16"):
+        raise UserError(f"--dtype: expected float32, float16 or bfloat16, got {values['dtype']!r}")
+    how = {n: values[n] for n in ("dtype", "verify")}
+    found = api.export(values["workdir"], values["out"], **how)
+    print(json.dumps(found) if values["json"] else f"{found['out']}: {found['family']}")
+    for by, worst in found.get("verified", {}).items() if not values["json"] else ():
+        print(
+            f"  read by {by}: "
+            + ("not installed" if worst is None else f"max |Δlogit| {worst:.2g}")
+        )
+    return 0
+
+
 def _doctor(values: Flags, overrides: list[tuple[str, str]]) -> int:
     from jaxlm import doctor
 
@@ -378,6 +404,7 @@ VERBS: dict[str, tuple[Verb, Callable[[flags.FlagValues], None], str]] = {
     "train": (_train, _flags_train, "one run from an experiment file"),
     "sweep": (_sweep, _flags_sweep, "a ladder of runs, its fit, prediction and report"),
     "generate": (_generate, _flags_generate, "text from a trained run"),
+    "export": (_export, _flags_export, "a run or checkpoint as a folder for transformers"),
     "fit": (_fit, _flags_fit, "scaling laws from a folder of runs or a CSV"),
     "compare": (_compare, _flags_compare, "did a change help? paired seeds, as few as decide it"),
     "report": (_report, _flags_workdir, "(re)write a sweep's or run's page"),

@@ -52,6 +52,14 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in parallel where the library can."""
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id that its template puts before a text, if any."""
+
+    def encode_with_special(self, text: str, most: int | None = None) -> np.ndarray:
+        """As `encode`, in the special tokens that its template puts around a text (BOS; [CLS] and
+        [SEP]); the text is cut so that there are `most` tokens."""
+
     def decode(self, ids: Any) -> str:
         """Text of ids [tokens]. Bytes that are not whole UTF-8 become U+FFFD; ids outside the
         vocabulary (which a padded model can produce) say nothing and are left out."""
@@ -120,6 +128,7 @@ class Bytes:
     vocab_size = 256
     eos_id = 0
     lossless = True
+    bos_id = None
     fingerprint = hashlib.sha256(b"jaxlm.tokenizer/1 bytes eos=0").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -127,6 +136,9 @@ class Bytes:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
+
+    def encode_with_special(self, text: str, most: int | None = None) -> np.ndarray:
+        return self.encode(text)[:most]
 
     def decode(self, ids: Any) -> str:
         return _known(ids, 256).astype(np.uint8).tobytes().decode(errors="replace")
@@ -176,6 +188,17 @@ class Subword:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encoded]
+
+    @property
+    def bos_id(self) -> int | None:
+        around = self.encode_with_special("")
+        return int(around[0]) if len(around) and around[0] != self.eos_id else None
+
+    def encode_with_special(self, text: str, most: int | None = None) -> np.ndarray:
+        encoded = self.inner.encode(text, add_special_tokens=False)
+        if most is not None:
+            encoded.truncate(max(0, most - self.inner.num_special_tokens_to_add(False)))
+        return np.array(self.inner.post_process(encoded).ids, np.int32)
 
     def decode(self, ids: Any) -> str:
         known = _known(ids, self.vocab_size).tolist()
@@ -229,14 +252,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Subword:
 
 
 def from_file(path: str | os.PathLike[str]) -> Subword:
-    """A tokenizer.json; its end of text is read from a tokenizer_config.json beside it, or is the
-    first conventional name that it knows. Raises UserError."""
+    """A tokenizer.json; its end of text is what a tokenizer_config.json or a model's config.json
+    beside it says, or the first conventional name that it knows. Raises UserError."""
     file = Path(path)
     try:
         inner = _parse(file.read_text("utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"data.tokenizer: cannot read {file}: {e}") from e
-    eos = _stated_eos(file.with_name("tokenizer_config.json"))
+    eos = _stated(file.with_name("tokenizer_config.json"), "eos_token") or ""
+    eos = eos.get("content", "") if isinstance(eos, dict) else str(eos)
+    if not eos:
+        i = _stated(file.with_name("config.json"), "eos_token_id")
+        eos = (inner.id_to_token(i) if type(i) is int and i >= 0 else None) or ""
     names = (eos,) if eos else _EOS_NAMES
     known = next((n for n in names if inner.token_to_id(n) is not None), None)
     if known is None:
@@ -244,14 +271,14 @@ def from_file(path: str | os.PathLike[str]) -> Subword:
     return Subword(inner, known)
 
 
-def _stated_eos(config: Path) -> str:
+def _stated(config: Path, key: str) -> Any:
+    """What a JSON file says of `key`; None where there is no such file."""
     if not config.is_file():
-        return ""
+        return None
     try:
-        stated = json.loads(config.read_text("utf-8")).get("eos_token") or ""
+        return json.loads(config.read_text("utf-8")).get(key)
     except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"data.tokenizer: cannot read {config}: {e}") from e
-    return stated.get("content", "") if isinstance(stated, dict) else str(stated)
 
 
 def _parse(text: str, where: str) -> Any:

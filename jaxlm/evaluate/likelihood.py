@@ -47,6 +47,12 @@ def heldout(dataset: loader.Dataset, sequences: int) -> Observer:
 
 def total_nats(config: ModelConfig, params: Any, batch: Batch) -> tuple[float, float]:
     """Σ weights · negative log-likelihood, and Σ weights, of [n, t] sequences; sums in float64."""
+    nats_nt = token_nats(config, params, batch)
+    return float(nats_nt.sum()), float(np.asarray(batch.weights, np.float64).sum())
+
+
+def token_nats(config: ModelConfig, params: Any, batch: Batch) -> np.ndarray:
+    """Float64 [n, t]: weights · negative log-likelihood of the targets."""
     n = batch.tokens.shape[0]
     devices = jax.sharding.get_mesh()
     rows = min(ROWS, n)
@@ -56,7 +62,7 @@ def total_nats(config: ModelConfig, params: Any, batch: Batch) -> tuple[float, f
     parts = jax.tree.map(lambda x: x.reshape(-1, rows, x.shape[-1]), padded)
     nll = _losses(config, devices)(params, mesh.put_batch(parts, devices, leading=1))
     weights = np.asarray(parts.weights, np.float64)
-    return float((np.asarray(nll, np.float64) * weights).sum()), float(weights.sum())
+    return (np.asarray(nll, np.float64) * weights).reshape(whole, -1)[:n]
 
 
 @functools.lru_cache(maxsize=32)

@@ -69,7 +69,7 @@ def generate(
     sampling = draws.validate(Sampling(temperature, top_k, top_p, seed))
     if not prompts:
         return []
-    run = _decoder(config, _slots(max_new_tokens), sampling.method, jax.sharding.get_mesh())
+    run = _decoder(config, slots(max_new_tokens), sampling.method, jax.sharding.get_mesh())
     out_bn = run(
         params,
         _place(prompts, seed),
@@ -97,10 +97,10 @@ def continue_text(
     new = generate(
         config, params, ids, max_new_tokens, tokenizer.eos_id, temperature, top_k, top_p, seed
     )
-    return [_follows(tokenizer, a, b) for a, b in zip(ids, new, strict=True)]
+    return [follows(tokenizer, a, b) for a, b in zip(ids, new, strict=True)]
 
 
-def _follows(tokenizer: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:
+def follows(tokenizer: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:
     """Text of `new` after `prompt`: some tokenizers drop the space before a text's first word."""
     whole, before = tokenizer.decode(np.concatenate([prompt, new])), tokenizer.decode(prompt)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
@@ -236,7 +236,7 @@ def _place(prompts: Sequence[np.ndarray], seed: int = 0) -> Prompts:
     """The prompts as one batch on the mesh, its two sizes rounded up."""
     devices = jax.sharding.get_mesh()
     parts = math.prod(devices.shape[axis] for axis in mesh.RULES["batch"] or ())
-    rows, t = -(-_power_of_two(len(prompts)) // parts) * parts, _slots(max(map(len, prompts)))
+    rows, t = -(-_power_of_two(len(prompts)) // parts) * parts, slots(max(map(len, prompts)))
     tokens_bt, lengths_b = np.zeros((rows, t), np.int32), np.zeros(rows, np.int32)
     streams_b2 = np.zeros((rows, 2), np.uint32)
     streams_b2[: len(prompts)] = draws.streams(prompts, seed)
@@ -251,7 +251,8 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _slots(n: int) -> int:
+def slots(n: int) -> int:
+    """`n` rounded up to a power of two: the sizes that programs are compiled for."""
     return max(SLOTS, _power_of_two(n))
 
 

@@ -1,0 +1,313 @@
+"""A model with its tokenizer, as people use one: logits, text, scores, embeddings."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import job, mesh
+from jaxlm.config import Config, MeshConfig, ModelConfig
+from jaxlm.data import pretrained, tokenizer
+from jaxlm.data.loader import Batch
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.evaluate import likelihood
+from jaxlm.generate import decode
+from jaxlm.model import transformer
+from jaxlm.model.hf import export as hf
+from jaxlm.model.hf import hub, load
+from jaxlm.model.hf.family import Family
+from jaxlm.model.hf.gguf import Gguf
+from jaxlm.model.hf.source import read_object
+from jaxlm.model.transformer import Params
+from jaxlm.schema import UserError
+from jaxlm.train.run import read_config
+
+ROWS = 32  # texts at a time
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a text is: log p(text), over so many tokens and UTF-8 bytes."""
+
+    log_probability: float  # nats
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(-self.log_probability / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return -self.log_probability / math.log(2) / self.bytes
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token states become one vector, as sentence-transformers' files say."""
+
+    first: bool = False  # the first token's state ([CLS]); else the mean over tokens
+    normalize: bool = False  # to length 1
+    max_tokens: int | None = None  # longer texts are cut, as they were in training
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Tokenizer, config and params; what `jaxlm.from_pretrained` returns.
+
+    `params` lie on `mesh`. Rows of a batch do not depend on each other.
+    """
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    params: Params = field(repr=False)
+    mesh: jax.sharding.Mesh = field(repr=False)
+    pooling: Pooling = Pooling()
+
+    def logits(self, token_ids: Any) -> jax.Array:
+        """Float32 [b, t, vocab] of token ids [b, t]: what may follow each of them."""
+        ids = np.asarray(token_ids)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"token_ids: expected integers [b, t], got {ids.dtype} {ids.shape}")
+        self._check(list(ids), "token_ids")
+        b, t = ids.shape
+        with jax.set_mesh(self.mesh):
+            out = _logits(self.config, self.mesh)(self.params, *_placed(list(ids), self.mesh))
+        return out[:b, :t]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        num_return_sequences: int = 1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """`num_return_sequences` texts for each prompt, each beginning with the prompt.
+
+        A text ends at the end-of-text token, or when it has `max_length` tokens, the prompt's
+        counted, or `max_new_tokens` without them (64 where neither is given). `temperature` 0 is
+        the most likely token each time; the same `seed` gives the same texts, whatever else is in
+        the batch. Raises UserError for both lengths at once and for a prompt that is `max_length`
+        long already.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        n = num_return_sequences
+        if n < 1:
+            raise UserError(f"num_return_sequences: expected at least 1, got {n}")
+        ids = [self.tokenizer.encode_with_special(p) for p in prompts]
+        limits = _limits([len(i) for i in ids], max_new_tokens, max_length)
+        texts: list[list[str]] = [[] for _ in prompts]
+        for limit in sorted(set(limits)):
+            rows = [i for i, m in enumerate(limits) if m == limit for _ in range(n)]
+            with jax.set_mesh(self.mesh):
+                new = decode.generate(
+                    self.config, self.params, [ids[i] for i in rows], limit,
+                    self.tokenizer.eos_id, temperature, top_k, top_p, seed,
+                )  # fmt: skip
+            for i, more in zip(rows, new, strict=True):
+                texts[i].append(prompts[i] + decode.follows(self.tokenizer, ids[i], more))
+        return texts
+
+    def score(self, texts: str | Sequence[str]) -> list[Score]:
+        """log p of each text, given a beginning (its BOS, or the end of the text before).
+
+        Raises UserError for an empty text, and for one longer than learned positions.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        plain = self.tokenizer.encode_batch(texts)
+        first = self.tokenizer.bos_id
+        start = self.tokenizer.eos_id if first is None else first
+        ids = [np.concatenate([np.array([start], np.int32), i]) for i in plain]
+        for i, row in enumerate(plain):
+            if not len(row):
+                raise UserError(f"texts[{i}]: expected at least one token, got none")
+        self._check(ids, "texts")
+        found: dict[int, float] = {}
+        for rows, whole in _buckets([len(i) for i in ids]):
+            batch = _scored([ids[i] for i in rows], whole)
+            with jax.set_mesh(self.mesh):
+                nats = likelihood.token_nats(self.config, self.params, batch).sum(axis=1)
+            found |= dict(zip(rows, nats.tolist(), strict=True))
+        return [Score(-found[i], len(plain[i]), len(text.encode())) for i, text in enumerate(texts)]
+
+    def embed(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Float32 [b, d]: one vector for each text, from the last layer's states (`pooling`)."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        most = self.pooling.max_tokens
+        ids = [self.tokenizer.encode_with_special(t, most) for t in texts]
+        self._check(ids, "texts")
+        out = np.zeros((len(texts), self.config.d_model), np.float32)
+        for rows, _ in _buckets([len(i) for i in ids]):
+            with jax.set_mesh(self.mesh):
+                run = _embedded(self.config, self.pooling, self.mesh)
+                vectors = run(self.params, *_placed([ids[i] for i in rows], self.mesh))
+            out[rows] = np.asarray(vectors)[: len(rows)]
+        return out
+
+    def _check(self, ids: Sequence[np.ndarray], where: str) -> None:
+        decode.check(self.config, ids, 1, where)
+
+
+def _limits(lengths: list[int], new: int | None, whole: int | None) -> list[int]:
+    if new is not None and whole is not None:
+        raise UserError("max_length and max_new_tokens: expected one of them, got both")
+    if whole is None:
+        return [64 if new is None else new] * len(lengths)
+    for i, n in enumerate(lengths):
+        if n >= whole:
+            raise UserError(f"max_length: {whole}, but prompts[{i}] has {n} tokens already")
+    return [whole - n for n in lengths]
+
+
+def _buckets(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Rows of about one length, at most `ROWS` of them, and the power of two that holds them."""
+    groups: dict[int, list[int]] = {}
+    for i, n in enumerate(lengths):
+        groups.setdefault(decode.slots(n), []).append(i)
+    return [
+        (rows[i : i + ROWS], whole)
+        for whole, rows in sorted(groups.items())
+        for i in range(0, len(rows), ROWS)
+    ]
+
+
+def _padded(ids: Sequence[np.ndarray], t: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments (0: padding), int32 [rows, t], padded on the right."""
+    tokens, segments = np.zeros((rows, t), np.int32), np.zeros((rows, t), np.int32)
+    for i, row in enumerate(ids):
+        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
+    return tokens, segments
+
+
+def _placed(ids: Sequence[np.ndarray], devices: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Tokens and segments on the mesh, both sizes rounded up."""
+    parts = math.prod(devices.shape[axis] for axis in mesh.RULES["batch"] or ())
+    rows = -(-len(ids) // parts) * parts
+    padded = _padded(ids, decode.slots(max(map(len, ids))), rows)
+    return mesh.put_batch(padded, devices)
+
+
+def _scored(ids: Sequence[np.ndarray], t: int) -> Batch:
+    """Each token but the first as a target, weight 1."""
+    tokens, segments = _padded(ids, t, len(ids))
+    follows = np.roll(segments, -1, axis=1)
+    follows[:, -1] = 0
+    targets = np.roll(tokens, -1, axis=1)
+    positions = np.broadcast_to(np.arange(t, dtype=np.int32), tokens.shape)
+    return Batch(tokens, targets, follows.astype(np.float32), segments, positions)
+
+
+@functools.lru_cache(maxsize=32)
+def _logits(config: ModelConfig, devices: Any) -> Any:
+    del devices  # part of the key: traced for the mesh that is set
+
+    def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> jax.Array:
+        return transformer.apply(config, params, tokens_bt, None, segments_bt)
+
+    return jax.jit(run)
+
+
+@functools.lru_cache(maxsize=32)
+def _embedded(config: ModelConfig, pooling: Pooling, devices: Any) -> Any:
+    del devices
+
+    def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> jax.Array:
+        where_bt = jnp.broadcast_to(
+            jnp.arange(tokens_bt.shape[1], dtype=jnp.int32), tokens_bt.shape
+        )
+        x_btd = transformer.hidden(config, params, tokens_bt, where_bt, segments_bt)
+        x_btd = x_btd.astype(jnp.float32)
+        if pooling.first:
+            y_bd = x_btd[:, 0]
+        else:
+            kept_bt = (segments_bt > 0).astype(jnp.float32)
+            n_b1 = jnp.maximum(kept_bt.sum(1, keepdims=True), 1.0)
+            y_bd = jnp.einsum("btd,bt->bd", x_btd, kept_bt) / n_b1
+        if pooling.normalize:
+            y_bd = y_bd / jnp.maximum(jnp.linalg.norm(y_bd, axis=-1, keepdims=True), 1e-12)
+        return y_bd
+
+    return jax.jit(run)
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def of_run(folder: Path, devices: MeshConfig | None = None) -> LanguageModel:
+    """The newest checkpoint of a run. Raises UserError where there is none."""
+    config = read_config(folder)
+    words = tokenizer.load(folder / "tokenizer")
+    if devices is not None:
+        config = replace(config, mesh=devices)
+    on = job.reading_mesh(config)
+    with jax.set_mesh(on):
+        return LanguageModel(words, config.model, job.load_params(config, folder), on)
+
+
+def of_checkpoint(source: str | Path, devices: MeshConfig | None = None) -> LanguageModel:
+    """A Hugging Face folder, a .gguf file (or a folder with one), or a name on the hub, on one
+    device unless `devices` says more.
+
+    A local path is taken first; only a name that is none is looked up on the hub. Raises UserError.
+    """
+    path = hub.located(source)
+    if path.suffix == ".gguf":
+        file = Gguf(path)
+        checkpoint, words = load.of_gguf(file), pretrained.from_gguf(file.metadata, str(path))
+        pooling = Pooling()
+    else:
+        checkpoint, words = load.open_folder(path), pretrained.from_folder(path)
+        pooling = _pooling(path)
+    if words.vocab_size > checkpoint.config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {words.vocab_size:,} ids, the model"
+            f" {checkpoint.config.vocab_size:,}"
+        )
+    on = mesh.make(
+        Config(model=checkpoint.config, mesh=devices or MeshConfig()),
+        jax.devices() if devices else jax.devices()[:1],
+    )
+    with jax.set_mesh(on):
+        return LanguageModel(words, checkpoint.config, load.load(checkpoint), on, pooling)
+
+
+def export(model: LanguageModel, out: Path, *, dtype: str = "float32") -> Family:
+    """Writes a folder that `transformers` loads. Raises UserError as `hf.export`."""
+    ids = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.tokenizer.bos_id}
+    files = pretrained.as_files(model.tokenizer, model.config.seq_len)
+    with jax.set_mesh(model.mesh):
+        return hf.export(model.config, model.params, out, files=files, ids=ids, dtype=dtype)
+
+
+def _pooling(folder: Path) -> Pooling:
+    """What sentence-transformers' modules.json and 1_Pooling/config.json say."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.exists():
+        return Pooling()
+    stated = read_object(path)
+    modes = {
+        "cls": stated.get("pooling_mode_cls_token") or stated.get("pooling_mode") == "cls",
+        "mean": stated.get("pooling_mode_mean_tokens") or stated.get("pooling_mode") == "mean",
+    }
+    if sum(map(bool, modes.values())) != 1:
+        raise UserError(f"{path}: expected mean or cls pooling, got {stated}")
+    modules = (
+        (folder / "modules.json").read_text("utf-8") if (folder / "modules.json").exists() else ""
+    )
+    cut = folder / "sentence_bert_config.json"
+    most = read_object(cut).get("max_seq_length") if cut.exists() else None
+    return Pooling(bool(modes["cls"]), "Normalize" in modules, most)

@@ -1,0 +1,260 @@
+"""`jaxlm.from_pretrained`: folders, GGUF files, runs; logits, generate, score, embed; export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_main import call
+
+import jaxlm
+from jaxlm.data import pretrained, tokenizer
+from jaxlm.schema import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+TEXT = ["the sky is blue and the sea is wide", "a bird sings in the tree, a fish swims"] * 20
+
+
+@pytest.fixture(scope="module")
+def words() -> tokenizer.Subword:
+    """A byte-level BPE as small as they get: the golden models have 64 ids, so it is cut down."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = ["<|endoftext|>", *sorted({c for t in TEXT for c in t.replace(" ", "Ġ")})]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "s"), ("Ġ", "is")]
+    vocab = {w: i for i, w in enumerate([*letters, *(a + b for a, b in merges)])}
+    inner = Tokenizer(models.BPE(vocab, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|endoftext|>"])
+    return tokenizer.Subword(inner, "<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def folder(words: tokenizer.Subword, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gpt2") / "gpt2"
+    shutil.copytree(GOLDEN / "gpt2", out)
+    for name, text in pretrained.as_files(words, 32).items():
+        (out / name).write_text(text)
+    return out
+
+
+@pytest.fixture(scope="module")
+def gpt2(folder: Path):
+    return jaxlm.from_pretrained(folder)
+
+
+def test_logits_are_the_golden_ones(gpt2) -> None:
+    golden = np.load(GOLDEN / "gpt2" / "logits.npz")
+    got = gpt2.logits(golden["tokens"])
+    assert got.shape == golden["logits"].shape and got.dtype == np.float32
+    assert np.abs(np.asarray(got) - golden["logits"]).max() <= 1e-4
+    one = gpt2.logits(golden["tokens"][:1, :5].tolist())  # as lists; prefixes do not see the rest
+    assert np.abs(np.asarray(one) - golden["logits"][:1, :5]).max() <= 1e-4
+    for bad in ([1, 2], [[0.5]], [[64]]):
+        with pytest.raises(UserError, match="token"):
+            gpt2.logits(bad)
+
+
+def test_generate_obeys_every_argument(gpt2, words: tokenizer.Subword) -> None:
+    prompts = ["the sky", "a bird sings in"]
+    lengths = [len(words.encode(p)) for p in prompts]
+    found = gpt2.generate(prompts, max_length=20, num_return_sequences=3, seed=1)
+    assert [len(texts) for texts in found] == [3, 3]
+    for prompt, texts in zip(prompts, found, strict=True):
+        assert len(set(texts)) == 3  # drawn apart
+        assert all(text.startswith(prompt) for text in texts)
+    assert found == gpt2.generate(prompts, max_length=20, num_return_sequences=3, seed=1)
+    assert found != gpt2.generate(prompts, max_length=20, num_return_sequences=3, seed=2)
+    assert [found[1]] == gpt2.generate(
+        prompts[1], max_length=20, num_return_sequences=3, seed=1
+    )  # whatever else is in the batch
+
+    ids = words.encode(prompts[0])
+    [[text]] = gpt2.generate(prompts[0], max_new_tokens=5, temperature=0)
+    for _ in range(5):
+        step = int(np.asarray(gpt2.logits(ids[None]))[0, -1].argmax())
+        if step == words.eos_id:
+            break
+        ids = np.append(ids, step)
+    assert text == words.decode(ids)
+    assert gpt2.generate(prompts[0], max_length=lengths[0] + 5, temperature=0) == [[text]]
+    assert gpt2.generate(prompts[0], max_new_tokens=5, top_k=1) == [[text]]
+    assert gpt2.generate(prompts[0], max_new_tokens=5, top_p=1e-9) == [[text]]
+
+    for bad, said in (
+        ({"max_length": 5, "max_new_tokens": 5}, "one of them"),
+        ({"max_length": lengths[0]}, "tokens already"),
+        ({"num_return_sequences": 0, "max_new_tokens": 4}, "num_return_sequences"),
+        ({"max_new_tokens": 60}, "positions"),
+        ({"temperature": -1.0, "max_new_tokens": 4}, "temperature"),
+    ):
+        with pytest.raises(UserError, match=said):
+            gpt2.generate(prompts[0], **bad)
+
+
+def test_score_is_the_sum_of_log_probabilities(gpt2, words: tokenizer.Subword) -> None:
+    texts = ["the sky is blue", "a fish", "the sea is wide and the sky is blue and the"]
+    scores = gpt2.score(texts)
+    for text, score in zip(texts, scores, strict=True):
+        ids = np.concatenate([[words.eos_id], words.encode(text)])
+        row = np.asarray(gpt2.logits(ids[None])[0], np.float64)
+        log_p = row - np.log(np.exp(row).sum(-1, keepdims=True))
+        want = log_p[np.arange(len(ids) - 1), ids[1:]].sum()
+        assert score.log_probability == pytest.approx(want, abs=1e-4)
+        assert (score.tokens, score.bytes) == (len(ids) - 1, len(text))
+        assert score.bits_per_byte == pytest.approx(-want / np.log(2) / len(text))
+        assert score.perplexity == pytest.approx(np.exp(-want / score.tokens))
+    with pytest.raises(UserError, match=r"texts\[1\]"):
+        gpt2.score(["a", ""])
+
+
+def test_embeddings_do_not_depend_on_the_batch(gpt2) -> None:
+    texts = ["the sky is blue", "a fish", "the sea is wide and the sky is blue"]
+    together = gpt2.embed(texts)
+    assert together.shape == (3, 16) and together.dtype == np.float32
+    for i, text in enumerate(texts):
+        np.testing.assert_allclose(gpt2.embed(text)[0], together[i], atol=1e-5)
+
+
+def test_export_of_a_run_is_read_back(tmp_path: Path, capsys) -> None:
+    """train → export --verify → from_pretrained, through the command line."""
+    from jaxlm.config import Config, DataConfig, ModelConfig, TrainConfig
+
+    for i, text in enumerate(TEXT):
+        (tmp_path / f"{i}.txt").write_text(f"{i}: {text} " * 5)
+    config = Config(
+        model=ModelConfig(d_model=16, n_layers=1, n_heads=2, seq_len=16),
+        data=DataConfig(sources=(str(tmp_path),), eval_sequences=4, eval_fraction=0.3),
+        train=TrainConfig(steps=3, global_batch_size=8, log_every=3),
+    )
+    run, out = tmp_path / "run", tmp_path / "out"
+    jaxlm.train(config, run)
+    arguments = ("export", f"--workdir={run}", f"--out={out}", "--verify", "--json")
+    assert call(*arguments) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["family"] == "arcee" and found["verified"]["jaxlm"] <= 1e-5
+    ours, again = jaxlm.from_pretrained(run), jaxlm.from_pretrained(out)
+    assert [int(i) for i in again.tokenizer.encode("Äé\n日")] == [*"Äé\n日".encode()]
+    assert again.tokenizer.decode([*"Äé\n日".encode()]) == "Äé\n日"
+    how = {"max_new_tokens": 8, "temperature": 0}
+    assert ours.generate(["the sky"], **how) == again.generate(["the sky"], **how)
+    [text] = jaxlm.generate(out, ["the sky"], **how)
+    assert again.generate(["the sky"], **how) == [["the sky" + text]]
+    assert call(*arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_nothing_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="no such folder"):
+        jaxlm.from_pretrained(tmp_path / "not" / "there")
+    (tmp_path / "model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(UserError, match="code"):
+        jaxlm.from_pretrained(tmp_path / "model.bin")
+    shutil.copytree(GOLDEN / "gpt2", tmp_path / "wordless")
+    with pytest.raises(UserError, match="no tokenizer"):
+        jaxlm.from_pretrained(tmp_path / "wordless")
+
+
+# -------------------------------------------------------------------------------------------- GGUF
+
+
+def write_gguf(path: Path, words: tokenizer.Subword, **change) -> None:
+    """The golden Llama (its rotary positions unscaled) as llama.cpp would store it."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config = json.loads((GOLDEN / "llama3" / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(path, change.get("architecture", "llama"))
+    writer.add_context_length(32)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    spec = json.loads(words.inner.to_str())
+    vocab = words.inner.get_vocab(with_added_tokens=True)
+    tokens = sorted(vocab, key=lambda t: vocab[t])
+    writer.add_tokenizer_model(change.get("model", "gpt2"))
+    writer.add_tokenizer_pre(change.get("pre", "gpt-2"))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t == "<|endoftext|>" else 1 for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in spec["model"]["merges"]])
+    writer.add_eos_token_id(words.eos_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, x in load_file(GOLDEN / "llama3" / "model.safetensors").items():
+        part = name.split(".")[-2]
+        if part in heads:  # as llama.cpp's converter permutes them
+            n = heads[part]
+            x = x.reshape(n, 2, x.shape[0] // n // 2, -1).swapaxes(1, 2).reshape(x.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_is_the_model_that_was_stored(words: tokenizer.Subword, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    write_gguf(path, words)
+    model = jaxlm.from_pretrained(tmp_path)
+    assert model.tokenizer.encode("the sea is").tolist() == words.encode("the sea is").tolist()
+    assert model.tokenizer.eos_id == words.eos_id
+    hf = shutil.copytree(GOLDEN / "llama3", tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
+    (hf / "config.json").write_text(json.dumps(config))
+    for name, text in pretrained.as_files(words, 32).items():
+        (hf / name).write_text(text)
+    ids = np.arange(24).reshape(2, 12)
+    want = jaxlm.from_pretrained(hf).logits(ids)
+    np.testing.assert_allclose(model.logits(ids), want, atol=1e-5)
+
+
+def test_a_damaged_or_unknown_gguf_is_told_in_one_line(
+    words: tokenizer.Subword, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    good, path = tmp_path / "good.gguf", tmp_path / "bad.gguf"
+    write_gguf(good, words)
+
+    def refused() -> str:
+        with pytest.raises(UserError) as caught:
+            jaxlm.from_pretrained(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+        return str(caught.value)
+
+    for change, said in (
+        ({"architecture": "mamba"}, "architecture 'mamba'"),
+        ({"model": "rwkv"}, "tokenizer.ggml.model"),
+        ({"pre": "other"}, "tokenizer.ggml.pre"),
+    ):
+        write_gguf(path, words, **change)
+        assert said in refused()
+    data = good.read_bytes()
+    for n in (0, 3, 30, 200, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:n])
+        refused()
+    # the type of the first tensor: after its name, number of axes and axes
+    name = b"output_norm.weight"
+    at = data.index(name) + len(name) + 4 + 8
+    for kind in (gguf.GGMLQuantizationType.I8, 99):
+        path.write_bytes(data[:at] + int(kind).to_bytes(4, "little") + data[at + 4 :])
+        refused()
+
+
+def test_functions_are_not_hidden_by_the_folders_of_their_names() -> None:
+    """`jaxlm.train` the function, also after `jaxlm.train.loop` was imported."""
+    import importlib
+
+    for folder in ("jaxlm.train.loop", "jaxlm.generate.decode", "jaxlm.report.page"):
+        importlib.import_module(folder)
+    for name in jaxlm.__all__:
+        assert callable(getattr(jaxlm, name)), name
