@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.model import transformer
-from jaxlm.model.hf import export, load
+from jaxlm.model.hf import export, load, verify
 from jaxlm.model.hf.families import FAMILIES
 from jaxlm.model.hf.layout import Row, layout
 from jaxlm.model.transformer import Declared
@@ -36,9 +36,9 @@ def on(config: ModelConfig, sizes: tuple[int, int, int] = (1, 1, 1)):
     return jax.set_mesh(mesh.make(Config(model=config, mesh=MeshConfig(*sizes)), devices))
 
 
-def logits(config: ModelConfig, params, ids_bt) -> np.ndarray:
+def output(config: ModelConfig, params, ids_bt) -> np.ndarray:
     with small.compiled_quickly():
-        return np.asarray(jax.jit(transformer.apply, static_argnums=0)(config, params, ids_bt))
+        return np.asarray(jax.jit(verify.output, static_argnums=0)(config, params, ids_bt))
 
 
 def same(a: dict, b: dict) -> bool:
@@ -113,14 +113,14 @@ def test_the_letters_mean_what_the_axes_say() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_output_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     """Against what transformers gave (tests/golden/make.py); and a second trip changes nothing."""
     checkpoint = load.open_folder(GOLDEN / name)
-    golden = np.load(GOLDEN / name / "logits.npz")
+    golden = np.load(GOLDEN / name / "output.npz")
     with on(checkpoint.config):
         params = load.load(checkpoint)
-        got = logits(checkpoint.config, params, golden["tokens"])
-        assert np.abs(got - golden["logits"]).max() <= 1e-4
+        got = output(checkpoint.config, params, golden["tokens"])
+        assert np.abs(got - golden["output"]).max() <= 1e-4
 
         family = export.export(checkpoint.config, params, tmp_path / "out", shard_bytes=9_000)
         again = load.open_folder(tmp_path / "out")
@@ -137,8 +137,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_every_family_has_a_golden_model() -> None:
-    types = {json.loads((GOLDEN / n / "config.json").read_text())["model_type"] for n in NAMES}
-    assert types == {family.model_type for family in FAMILIES}
+    found = [load.open_folder(GOLDEN / name).family for name in NAMES]
+    assert all(family in found for family in FAMILIES)
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3_moe"])
@@ -199,10 +199,10 @@ def test_mup_is_exported_as_the_same_function(tmp_path: Path) -> None:
     ids_bt = np.arange(24, dtype=np.int32).reshape(2, 12) % 16
     with on(config.model):
         params = small.sharded(config, small.params(config))
-        want = logits(config.model, params, ids_bt)
+        want = output(config.model, params, ids_bt)
         export.export(config.model, params, tmp_path / "out")
         again = load.open_folder(tmp_path / "out")
-        got = logits(again.config, load.load(again), ids_bt)
+        got = output(again.config, load.load(again), ids_bt)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -247,13 +247,15 @@ def test_all_missing_extra_and_misshapen_tensors_are_named(llama: Path) -> None:
     tensors = load_file(llama / "model.safetensors")
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.0.mlp.gate_proj.weight"] = np.zeros((24, 15), np.float32)
+    tensors["model.layers.1.mlp.down_proj.weight"] = np.zeros((16, 24), np.int32)
     tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros(3, np.float32)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)  # a buffer
     save_file(tensors, llama / "model.safetensors")
     line = refused(llama)
     for part in (
         "2 missing: ", "model.norm.weight [16]", "model.layers.1.mlp.up_proj.weight",
-        "1 misshapen: model.layers.0.mlp.gate_proj.weight is [24, 15], expected [24, 16]",
+        "2 misshapen: ", "model.layers.0.mlp.gate_proj.weight is [24, 15], expected [24, 16]",
+        "model.layers.1.mlp.down_proj.weight is ['I32'], expected [16, 24]",
         "1 unexpected: model.layers.7.mlp.up_proj.weight",
     ):  # fmt: skip
         assert part in line
@@ -268,6 +270,11 @@ def test_a_tied_output_may_be_there_and_an_untied_one_must(tmp_path: Path) -> No
     load.open_folder(qwen)
     rewrite(qwen, tie_word_embeddings=False)
     load.open_folder(qwen)
+    rewrite(qwen, tie_word_embeddings=True)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 2
+    save_file(tensors, qwen / "model.safetensors")
+    assert "lm_head.weight is not model.embed_tokens.weight" in refused(qwen)
+    rewrite(qwen, tie_word_embeddings=False)
     del tensors["lm_head.weight"]
     save_file(tensors, qwen / "model.safetensors")
     assert "missing: lm_head.weight" in refused(qwen)
@@ -327,7 +334,6 @@ TWICE = b'{"a":%s,"a":%s}' % (json.dumps(ONE).encode(), json.dumps(ONE).encode()
         header({"a": {**ONE, "shape": [2**62, 2**62]}}, b"0" * 8),
         header({"a": {**ONE, "shape": [-2]}}, b"0" * 8),
         header({"a": {**ONE, "dtype": "F99"}}, b"0" * 8),
-        header({"a": {**ONE, "dtype": "I32"}}, b"0" * 8),
         header(TWICE, b"0" * 8),
         header({"a": ONE}, b"0" * 8, length=2**63),
         header({"a": ONE}, b"0" * 8, length=200_000_000),

@@ -2,9 +2,9 @@
 
     pip install -e '.[parity]' && python tests/golden/make.py
 
-writes tests/golden/FAMILY/: config.json, model.safetensors, logits.npz (tokens, logits) and, in
-versions.json, what made them. `make test` compares with these files; `make test-parity` makes the
-same models anew (with other seeds) and compares live.
+writes tests/golden/FAMILY/: config.json, model.safetensors, output.npz (tokens, and the logits or
+hidden states) and, in versions.json, what made them. `make test` compares with these files;
+`make test-parity` makes the same models anew (with another seed) and compares live.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ SMALL = {
 }
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12}
+T5 = {
+    "vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1,
+    "num_decoder_layers": 2, "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12, "decoder_start_token_id": 0,
+}  # fmt: skip
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LOCAL = ["sliding_attention", "full_attention"]
 
@@ -80,6 +85,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", GROUPED),
     "arcee": ("ArceeForCausalLM", "ArceeConfig", {**GROUPED, "hidden_act": "gelu_pytorch_tanh"}),
+    "bert": ("BertForMaskedLM", "BertConfig", SMALL),
+    "bert_classifier": ("BertForSequenceClassification", "BertConfig", {**SMALL, "num_labels": 3}),
+    "bert_base": ("BertModel", "BertConfig", SMALL),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {**T5, "feed_forward_proj": "relu"}),
+    "t5_v1_1": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
 }  # fmt: skip
 
 
@@ -95,6 +109,8 @@ def build(name: str, seed: int = 0) -> Any:
     config = getattr(hf, config_class)(**values)
     config._attn_implementation = "eager"
     model = getattr(hf, model_class)(config).eval()
+    if name == "t5_v1_1":  # its output is one of its own; transformers ties it until it is read
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -103,7 +119,8 @@ def build(name: str, seed: int = 0) -> Any:
                 parameter.copy_(parameter + 0.3 * noise)  # gains about 1 (or 0), biases about 0
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
-    model.tie_weights()
+    if name != "t5_v1_1":
+        model.tie_weights()
     return model
 
 
@@ -111,9 +128,22 @@ def tokens(seed: int, rows: int = 2, length: int = 12) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 64, (rows, length), dtype=np.int32)
 
 
-def logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(ids, dtype=torch.int64)).logits.numpy()
+def output(model: Any, ids: np.ndarray) -> torch.Tensor:
+    """Logits (BertModel: hidden states). An encoder–decoder reads the ids backwards as source."""
+    given = torch.tensor(ids, dtype=torch.int64)
+    if model.config.is_encoder_decoder:
+        return model(input_ids=given.flip(1), decoder_input_ids=given).logits
+    out = model(given)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+def save(name: str, model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if name == "t5_v1_1":  # as published; transformers 5 writes that it is tied
+        config = json.loads((folder / "config.json").read_text())
+        del config["scale_decoder_outputs"]
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
 
 
 def main() -> None:
@@ -121,9 +151,11 @@ def main() -> None:
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
         model, ids = build(name), tokens(0)
-        model.save_pretrained(folder)
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        np.savez_compressed(folder / "logits.npz", tokens=ids, logits=logits(model, ids))
+        save(name, model, folder)
+        with torch.no_grad():
+            np.savez_compressed(
+                folder / "output.npz", tokens=ids, output=output(model, ids).numpy()
+            )
     made_by = {"torch": torch.__version__, "transformers": hf.__version__}
     (HERE / "versions.json").write_text(json.dumps(made_by, indent=2) + "\n")
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxlm.config import Config, ModelConfig, validate
@@ -49,7 +49,8 @@ class Family:
 
     `fixed` names the values a key may have, the first of which its absence means and is what we
     write; another value is an architecture that these layers do not compute. `ours` is what the
-    model type itself says of `ModelConfig`. `buffers` match tensors that hold no weights.
+    model type itself says of `ModelConfig`. `buffers` match tensors that hold nothing which is
+    computed with.
     """
 
     model_type: str
@@ -61,7 +62,9 @@ class Family:
     prefix: str  # of all tensors but the output's; a bare base model leaves it out
     parts: tuple[Part, ...] = ()
     ties: tuple[str, ...] = ()  # tensors that repeat the embedding where it is tied
-    buffers: tuple[str, ...] = field(default=())
+    buffers: tuple[str, ...] = ()
+    chosen: tuple[str, tuple[Any, ...]] | None = None  # where several share architecture: by key
+    older: tuple[tuple[str, str], ...] = ()  # parts of names that were others once: (old, new)
 
     def config(self, theirs: Json, where: str) -> ModelConfig:
         """Their config.json as ours. Raises UserError naming the key."""
@@ -133,12 +136,23 @@ class Family:
         return any(re.fullmatch(pattern, name) for pattern in self.buffers)
 
 
-def find(families: Sequence[Family], model_type: Any, where: str) -> Family:
-    for family in families:
-        if family.model_type == model_type:
-            return family
-    known = ", ".join(f.model_type for f in families)
-    raise UserError(f"{where}: model_type is {model_type!r}; known: {known}")
+def find(families: Sequence[Family], theirs: Json, where: str) -> Family:
+    """The family that config.json names by its model_type and, if need be, architecture."""
+    kind, stated = theirs.get("model_type"), theirs.get("architectures") or [None]
+    found = [family for family in families if family.model_type == kind]
+    if not found:
+        known = ", ".join(dict.fromkeys(f.model_type for f in families))
+        raise UserError(f"{where}: model_type is {kind!r}; known: {known}")
+    exact = [family for family in found if family.architecture in stated]
+    if len({family.architecture for family in found}) > 1 and not exact:
+        known = ", ".join(f.architecture for f in found)
+        raise UserError(f"{where}: architectures is {stated}; known: {known}")
+    return next(filter(functools.partial(_chosen, theirs), exact or found), found[0])
+
+
+def _chosen(theirs: Json, family: Family) -> bool:
+    key, values = family.chosen or ("model_type", (family.model_type,))
+    return theirs.get(key, values[0]) in values
 
 
 def flat(tree: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -173,7 +187,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
     config = filled(config)
     moe = dataclasses.replace(config.moe, balance_loss=0.0, router_z_loss=0.0)
     values: Json = {f.name: f.default for f in dataclasses.fields(config) if f.name in _HOW}
-    values["n_encoder_layers"] = config.encoder_layers
+    values |= {"n_encoder_layers": config.encoder_layers, "target_len": None}
     values["moe"] = moe if moe.n_experts else type(moe)()
     if not any(config.local):
         values |= {"sliding_window": None, "global_every": 0}

@@ -31,7 +31,11 @@ LETTERS = {
     "kv_heads": "g",
     "d_head": "k",
     "d_ff": "f",
+    "d_out": "o",
     "seq": "p",
+    "types": "t",
+    "buckets": "b",
+    "classes": "c",
 }
 
 Index = Sequence[slice]

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.hf.families import FAMILIES
-from jaxlm.model.hf.family import Family, find
+from jaxlm.model.hf.family import Family, Json, find
 from jaxlm.model.hf.gguf import Gguf
 from jaxlm.model.hf.layout import Layout
 from jaxlm.model.hf.source import Safetensors, Source, read_object
@@ -28,7 +28,7 @@ class Checkpoint:
 
     family: Family
     config: ModelConfig
-    theirs: dict[str, Any]  # config.json
+    theirs: Json  # config.json
     source: Source
     layouts: Layouts
 
@@ -37,59 +37,76 @@ def open_folder(folder: Path) -> Checkpoint:
     """Raises UserError: no or another config, damaged files, missing or other tensors (all are
     named)."""
     theirs = read_object(folder / "config.json")
-    family = find(FAMILIES, theirs.get("model_type"), str(folder / "config.json"))
+    family = find(FAMILIES, theirs, str(folder / "config.json"))
     config = family.config(theirs, str(folder / "config.json"))
     return matched(family, config, theirs, Safetensors(folder))
 
 
 def of_gguf(file: Gguf) -> Checkpoint:
     """A GGUF file of the Llama family. Raises UserError as `open_folder`."""
-    family = find(FAMILIES, file.config["model_type"], file.where)
+    family = find(FAMILIES, file.config, file.where)
     return matched(family, family.config(file.config, file.where), file.config, file)
 
 
-def matched(
-    family: Family, config: ModelConfig, theirs: dict[str, Any], source: Source
-) -> Checkpoint:
+def matched(family: Family, config: ModelConfig, theirs: Json, source: Source) -> Checkpoint:
     """The checkpoint, if `source` holds exactly its tensors. Raises UserError listing all that
     are missing, misshapen or left over (`Family.ties` and `buffers` may be there)."""
-    layouts, found = family.layouts(config), source.shapes()
-    bare = not any(name.startswith(family.prefix) for name in found)
+    layouts = family.layouts(config)
     expected: dict[str, tuple[int, ...]] = {}
     for one in layouts.values():
         expected |= {t.name: t.shape for t in one.tensors()}
-    if bare:
-        source = _Prefixed(source, family.prefix, expected)
-        found = source.shapes()
-    ties = family.ties if config.tie_embeddings else ()
+    source = _Renamed(source, family, expected)
+    found = source.shapes()
+    ties = [n for n in family.ties if n in found and n not in expected]
     missing = [f"{n} {list(s)}" for n, s in expected.items() if n not in found]
     misshapen = [
         f"{n} is {list(found[n])}, expected {list(s)}"
         for n, s in expected.items()
         if n in found and found[n] != s
     ]
-    extra = [n for n in found if n not in expected and n not in ties and not family.is_buffer(n)]
+    known = {*expected, *ties}
+    extra = [n for n in found if n not in known and not family.is_buffer(n)]
     wrong = [
         f"{len(names)} {what}: {', '.join(names)}"
         for what, names in (("missing", missing), ("misshapen", misshapen), ("unexpected", extra))
         if names
     ]
     if wrong:
-        raise UserError(
-            f"{source.where}: not the tensors of {family.model_type}: {'; '.join(wrong)}"
-        )
+        kind = f"not the tensors of a {family.architecture}"
+        raise UserError(f"{source.where}: {kind}: {'; '.join(wrong)}")
+    embedding = next(iter(layouts["embedding",].tensors())).name
+    for name in ties:
+        if found[name] == found[embedding] and not _equal(source, name, embedding):
+            raise UserError(
+                f"{source.where}: {name} is not {embedding}; expected so, or tie_word_embeddings"
+                " false in config.json"
+            )
     return Checkpoint(family, config, theirs, source, layouts)
 
 
-class _Prefixed:
-    """A bare base model's tensors under the names they have in the whole model."""
+def _equal(source: Source, a: str, b: str) -> bool:
+    """Whether two tensors hold the same numbers, compared some rows at a time."""
+    rows = source.shapes()[a][0]
+    parts = [(slice(i, min(i + 4096, rows)), slice(None)) for i in range(0, rows, 4096)]
+    return all(np.array_equal(source.read(a, part), source.read(b, part)) for part in parts)
 
-    def __init__(self, inner: Source, prefix: str, expected: dict[str, Any]) -> None:
+
+class _Renamed:
+    """A source under the names that its family has now: the prefix that a bare base model leaves
+    out, and what was called otherwise once."""
+
+    def __init__(self, inner: Source, family: Family, expected: dict[str, Any]) -> None:
         self.where, self._inner = inner.where, inner
-        self._names = {
-            prefix + n if prefix + n in expected or n not in expected else n: n
-            for n in inner.shapes()
-        }
+        names = {name: name for name in inner.shapes()}
+        for old, new in family.older:
+            names = {name.replace(old, new): n for name, n in names.items()}
+        prefix = family.prefix
+        if not any(name.startswith(prefix) for name in names):
+            names = {
+                prefix + name if prefix + name in expected or name not in expected else name: n
+                for name, n in names.items()
+            }
+        self._names = names
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = self._inner.shapes()

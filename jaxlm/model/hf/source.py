@@ -24,8 +24,8 @@ class Source(Protocol):
 
     where: str  # for error messages
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every tensor."""
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        """Name → shape of every tensor; of one that does not hold floats, its type instead."""
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         """A slice of one tensor, of any floating type. Raises UserError."""
@@ -35,14 +35,14 @@ class Safetensors:
     """The safetensors files of a folder, one or several with an index.
 
     All headers are checked when it is opened. Raises UserError for a folder without any, for a
-    file that is damaged (truncated, oversized or overlapping parts, repeated names), for a tensor
-    that is not of a floating type, and for an index that disagrees with the files.
+    file that is damaged (truncated, oversized or overlapping parts, repeated names), and for an
+    index that disagrees with the files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
         self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._shapes: dict[str, tuple[Any, ...]] = {}
         self._open: dict[Path, Any] = {}
         stated = _indexed(folder)
         for path in _files(folder, stated):
@@ -55,7 +55,7 @@ class Safetensors:
             if self._files.get(name) != folder / file:
                 raise UserError(f"{folder / INDEX}: says that {name!r} is in {file}; it is not")
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
         return self._shapes
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
@@ -100,17 +100,15 @@ def _files(folder: Path, stated: dict[str, str]) -> list[Path]:
     raise UserError(f"{folder}: no .safetensors file in it")
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
+def _header(path: Path) -> dict[str, tuple[Any, ...]]:
     """Name → shape. The library checks sizes, offsets and types; what it lets pass is told here."""
     shapes = {}
     with _told(path):
         file = _safe_open(path)
         for name in file.keys():  # noqa: SIM118 (not a dict)
             part = file.get_slice(name)
-            if part.get_dtype() not in FLOATS:
-                kinds = ", ".join(FLOATS)
-                raise UserError(f"{path}: {name!r} is {part.get_dtype()}; expected {kinds}")
-            shapes[name] = tuple(part.get_shape())
+            kind = part.get_dtype()
+            shapes[name] = tuple(part.get_shape()) if kind in FLOATS else (kind,)
         with open(path, "rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
             json.loads(f.read(length), object_pairs_hook=_unrepeated)
