@@ -255,24 +255,16 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Continuations of `prompts` by the newest checkpoint of a run, or of a sweep's best run."""
-    import jax
-
-    from jaxlm.generate import decode
-
-    model = from_pretrained(workdir)
-    with jax.set_mesh(model.mesh):
-        return decode.continue_text(
-            model.config,
-            model.params,
-            model.tokenizer,
-            list(prompts),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+    """Continuations of `prompts` by what `from_pretrained(workdir)` gives."""
+    texts = from_pretrained(workdir).generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    return [text[len(prompt) :] for [text], prompt in zip(texts, prompts, strict=True)]
 
 
 def from_pretrained(source: str | Path, *, devices: MeshConfig | None = None) -> LanguageModel:

@@ -72,6 +72,7 @@ class LanguageModel:
     params: Params = field(repr=False)
     mesh: jax.sharding.Mesh = field(repr=False)
     pooling: Pooling = Pooling()
+    bos_id: int | None = None  # put before each text; our own runs saw none
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Float32 [b, t, vocab] of token ids [b, t]: what may follow each of them."""
@@ -108,7 +109,8 @@ class LanguageModel:
         n = num_return_sequences
         if n < 1:
             raise UserError(f"num_return_sequences: expected at least 1, got {n}")
-        ids = [self.tokenizer.encode_with_special(p) for p in prompts]
+        self._need("generate text", "decoder")
+        ids = [self._begun(self.tokenizer.encode(p)) for p in prompts]
         limits = _limits([len(i) for i in ids], max_new_tokens, max_length)
         texts: list[list[str]] = [[] for _ in prompts]
         for limit in sorted(set(limits)):
@@ -123,15 +125,14 @@ class LanguageModel:
         return texts
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
-        """log p of each text, given a beginning (its BOS, or the end of the text before).
+        """log p of each text, given a beginning: its BOS, or else the end of a text before it.
 
         Raises UserError for an empty text, and for one longer than learned positions.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        self._need("score texts", "decoder")
         plain = self.tokenizer.encode_batch(texts)
-        first = self.tokenizer.bos_id
-        start = self.tokenizer.eos_id if first is None else first
-        ids = [np.concatenate([np.array([start], np.int32), i]) for i in plain]
+        ids = [self._begun(i, self.tokenizer.eos_id) for i in plain]
         for i, row in enumerate(plain):
             if not len(row):
                 raise UserError(f"texts[{i}]: expected at least one token, got none")
@@ -147,8 +148,12 @@ class LanguageModel:
     def embed(self, texts: str | Sequence[str]) -> np.ndarray:
         """Float32 [b, d]: one vector for each text, from the last layer's states (`pooling`)."""
         texts = [texts] if isinstance(texts, str) else list(texts)
+        self._need("embed texts", "decoder", "encoder")
         most = self.pooling.max_tokens
-        ids = [self.tokenizer.encode_with_special(t, most) for t in texts]
+        if self.config.architecture == "encoder":
+            ids = [self.tokenizer.encode_with_special(text, most) for text in texts]
+        else:
+            ids = [self._begun(self.tokenizer.encode(text))[:most] for text in texts]
         self._check(ids, "texts")
         out = np.zeros((len(texts), self.config.d_model), np.float32)
         for rows, _ in _buckets([len(i) for i in ids]):
@@ -157,6 +162,14 @@ class LanguageModel:
                 vectors = run(self.params, *_placed([ids[i] for i in rows], self.mesh))
             out[rows] = np.asarray(vectors)[: len(rows)]
         return out
+
+    def _begun(self, ids: np.ndarray, otherwise: int | None = None) -> np.ndarray:
+        first = otherwise if self.bos_id is None else self.bos_id
+        return ids if first is None else np.concatenate([np.array([first], np.int32), ids])
+
+    def _need(self, what: str, *architectures: str) -> None:
+        if self.config.architecture not in architectures:
+            raise UserError(f"a model of architecture {self.config.architecture!r} cannot {what}")
 
     def _check(self, ids: Sequence[np.ndarray], where: str) -> None:
         decode.check(self.config, ids, 1, where)
@@ -282,12 +295,13 @@ def of_checkpoint(source: str | Path, devices: MeshConfig | None = None) -> Lang
         jax.devices() if devices else jax.devices()[:1],
     )
     with jax.set_mesh(on):
-        return LanguageModel(words, checkpoint.config, load.load(checkpoint), on, pooling)
+        params = load.load(checkpoint)
+    return LanguageModel(words, checkpoint.config, params, on, pooling, words.bos_id)
 
 
 def export(model: LanguageModel, out: Path, *, dtype: str = "float32") -> Family:
     """Writes a folder that `transformers` loads. Raises UserError as `hf.export`."""
-    ids = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.tokenizer.bos_id}
+    ids = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.bos_id}
     files = pretrained.as_files(model.tokenizer, model.config.seq_len)
     with jax.set_mesh(model.mesh):
         return hf.export(model.config, model.params, out, files=files, ids=ids, dtype=dtype)
