@@ -420,6 +420,35 @@ def compare(
         )
 
 
+def coordcheck(
+    config: Config,
+    workdir: str | Path,
+    *,
+    widths: Sequence[int] = (32, 64, 128, 256, 512, 1024),
+    depths: Sequence[int] = (2, 4, 8, 16, 32),
+    steps: int = 5,
+    seeds: int = 2,
+    say: Say = _quiet,
+    data_progress: Any = None,
+) -> dict[str, Any]:
+    """The coordinate check of an experiment (jaxlm.coordcheck/1) and its plot, in `workdir`; see
+    `scaling.coordcheck`. Raises UserError."""
+    from jaxlm import job
+    from jaxlm.data import shards
+    from jaxlm.report.coordcheck_plot import plot
+    from jaxlm.scaling import coordcheck as science
+
+    config = located(config)
+    job.cache_compilations()
+    with _workdir(workdir) as (folder, _):
+        data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
+        shards.build(config.data, config.model.vocab_size, data_dir, data_progress)
+        found = science.check(config, widths, depths, data_dir, steps, seeds, say)
+        write_json(folder / "coordcheck.json", found)
+        say(f"plot: {plot(found, folder)}")
+    return found
+
+
 def plot_fit(found: dict[str, Any], out: str | Path) -> list[Path]:
     """PNG plots of what `fit` found."""
     from jaxlm.report import plots

@@ -185,6 +185,14 @@ def _flags_export(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
 
 
+def _flags_coordcheck(values: flags.FlagValues) -> None:
+    _flags_experiment(values)
+    widths, depths = ["32", "64", "128", "256", "512", "1024"], ["2", "4", "8", "16", "32"]
+    flags.DEFINE_list("widths", widths, "d_model, at the experiment's depth", flag_values=values)
+    flags.DEFINE_list("depths", depths, "n_layers, at its width", flag_values=values)
+    flags.DEFINE_integer("steps", 5, "of training before the sizes are read", 1, flag_values=values)
+
+
 def _flags_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the sweep or run", flag_values=values)
 
@@ -364,6 +372,22 @@ def _compare(values: Flags, overrides: list[tuple[str, str]]) -> int:
     return 0
 
 
+def _coordcheck(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    config = _experiment(values, overrides, Config)
+    from jaxlm import api, show
+
+    out = show.Lines(to_stderr=values["json"])
+    widths, depths = (
+        [parse_literal(v, int, f"--{name}") for v in values[name]] for name in ("widths", "depths")
+    )
+    found = api.coordcheck(
+        config, values["workdir"], widths=widths, depths=depths, steps=values["steps"], say=out.say,
+        data_progress=out.data,
+    )  # fmt: skip
+    print(json.dumps(found)) if values["json"] else out.coordcheck(found)
+    return 0
+
+
 def _report(values: Flags, overrides: list[tuple[str, str]]) -> int:
     from jaxlm import api
 
@@ -407,6 +431,11 @@ VERBS: dict[str, tuple[Verb, Callable[[flags.FlagValues], None], str]] = {
     "export": (_export, _flags_export, "a run or checkpoint as a folder for transformers"),
     "fit": (_fit, _flags_fit, "scaling laws from a folder of runs or a CSV"),
     "compare": (_compare, _flags_compare, "did a change help? paired seeds, as few as decide it"),
+    "coordcheck": (
+        _coordcheck,
+        _flags_coordcheck,
+        "do activations keep their size as models grow?",
+    ),
     "report": (_report, _flags_workdir, "(re)write a sweep's or run's page"),
     "doctor": (_doctor, _flags_doctor, "devices, versions, threads, disk, what is missing"),
 }

@@ -94,10 +94,13 @@ class ModelConfig:
     mlm_head: bool = doc(False, "dense, activation and norm before the unembedding, bias after it")
     pooler: bool = doc(False, "a dense tanh layer on the first token (BERT)")
     n_classes: int = doc(0, "a classifier on the pooler; 0: none")
-    parametrization: Literal["standard", "mup"] = doc(
-        "standard", "mup: hidden learning rates and the output scale as 1/width"
+    parametrization: Literal["standard", "mup", "completep"] = doc(
+        "standard",
+        "mup: hidden learning rates and the output scale as 1/width; completep: and residual"
+        " branches as 1/depth",
     )
-    base_d_model: int = doc(64, "width at which mup equals standard")
+    base_d_model: int = doc(64, "width at which mup and completep equal standard")
+    base_n_layers: int = doc(2, "depth at which completep equals standard")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = doc(
         "auto", "matmul and activation type; auto: float32 on CPU, bfloat16 elsewhere"
     )
@@ -141,6 +144,25 @@ class ModelConfig:
         windowed = self.sliding_window is not None
         return tuple(windowed and (n == 0 or (i + 1) % n != 0) for i in range(self.n_layers))
 
+    @property
+    def width_shrinks(self) -> float:
+        """What muP multiplies the output and hidden learning rates by: 1 at `base_d_model`."""
+        return 1.0 if self.parametrization == "standard" else self.base_d_model / self.d_model
+
+    @property
+    def branch_shrinks(self) -> float:
+        """What CompleteP multiplies a residual branch by (Dey et al. 2025, alpha = 1): 1 at
+        `base_n_layers`."""
+        return self.base_n_layers / self.n_layers if self.parametrization == "completep" else 1.0
+
+    @property
+    def branch_std(self) -> float:
+        """Of a branch's last matrix, besides 1/sqrt(inputs): GPT-2's 1/sqrt(2 layers), and under
+        CompleteP that of the base depth with the branch's multiplier."""
+        fixed = self.parametrization == "completep"
+        depth = self.base_n_layers if fixed else self.n_layers
+        return self.branch_shrinks / (2 * depth) ** 0.5
+
 
 # (what is expected, whether a value is that, names of fields)
 Ranges = tuple[tuple[str, Callable[[float], bool], str], ...]
@@ -150,8 +172,8 @@ RANGES: Ranges = (
         "at least 1",
         lambda x: x >= 1,
         "d_model n_layers n_encoder_layers n_heads n_kv_heads d_head d_ff seq_len target_len"
-        " base_d_model relative_distance sliding_window moe.experts_per_token moe.d_expert"
-        " rope_scaling.original_seq_len rope_scaling.factor",
+        " base_d_model base_n_layers relative_distance sliding_window moe.d_expert"
+        " moe.experts_per_token rope_scaling.original_seq_len rope_scaling.factor",
     ),
     ("at least 2", lambda x: x >= 2, "vocab_size"),
     ("at least 4", lambda x: x >= 4, "relative_buckets"),
@@ -196,6 +218,13 @@ def check_model(m: ModelConfig, need: Need) -> None:
         "rope_scaling.beta_slow",
         s.beta_slow,
         f"less than beta_fast={s.beta_fast:g}",
+    )
+    plain = not both and not moe.n_experts and m.norm_placement == "pre" and not m.layer
+    need(
+        m.parametrization != "completep" or plain,
+        "parametrization",
+        m.parametrization,
+        "standard or mup, for completep is for stacks of pre-norm blocks without experts",
     )
     mixed = any(m.local) and not all(m.local)
     need(

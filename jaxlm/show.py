@@ -156,6 +156,15 @@ class Lines:
         self._clear()
         self.console.print(compare_table.table(found))
 
+    def coordcheck(self, found: dict[str, Any]) -> None:
+        for direction, spread in found["spread"].items():
+            flat = all(v <= 2 for v in spread.values())
+            sizes = ", ".join(f"{q.replace('_', ' ')} {v:.2f} ×" for q, v in spread.items())
+            self.say(
+                f"{found['parametrization']}, {found['optimizer']}, over {direction}:"
+                f" {'flat' if flat else 'NOT flat'} within 2 × ({sizes})"
+            )
+
 
 def _clock(seconds: float) -> str:
     s = round(max(0.0, seconds))

@@ -53,7 +53,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_dim
-        out_std = (h * k) ** -0.5 / (2 * config.n_layers) ** 0.5  # GPT-2's residual scaling
+        out_std = (h * k) ** -0.5 * config.branch_std
         self.query = declare(rngs, (d, h, k), ("d_model", "heads", "d_head"), "hidden", d**-0.5)
         self.key = declare(rngs, (d, g, k), ("d_model", "kv_heads", "d_head"), "hidden", d**-0.5)
         self.value = declare(rngs, (d, g, k), ("d_model", "kv_heads", "d_head"), "hidden", d**-0.5)
@@ -137,7 +137,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, width: int | None = None, *, rngs: nnx.Rngs) -> None:
         d, f = config.d_model, config.ff_dim if width is None else width
-        out_std = f**-0.5 / (2 * config.n_layers) ** 0.5
+        out_std = f**-0.5 * config.branch_std
         self.kind, gated = config.activation, config.activation in GATED
         self.up = declare(rngs, (d, f), ("d_model", "d_ff"), "hidden", d**-0.5)
         self.gate = declare(rngs, (d, f), ("d_model", "d_ff"), "hidden", d**-0.5) if gated else None

@@ -78,15 +78,27 @@ def _other_flops(config: ModelConfig) -> int:
     return 12 * config.n_heads * config.head_dim * config.decoder_len
 
 
-def learning_rate_multipliers(config: ModelConfig) -> dict[str, Any]:
+# What a residual branch ends in: the parameters that carry CompleteP's branch multiplier.
+_BRANCH_ENDS = ("out", "down", "out_bias", "down_bias")
+
+
+def learning_rate_multipliers(config: ModelConfig, hidden_power: float = 1.0) -> dict[str, Any]:
     """A tree like params. muP for Adam (Yang et al. 2022, table 3): matrices that grow in both
-    directions, and the output, go as 1/width; embeddings, gains and biases as 1."""
-    shrink = config.base_d_model / config.d_model if config.parametrization == "mup" else 1.0
+    directions, and the output, go as 1/width (hidden ones to `hidden_power`); all else as 1.
 
-    def multiplier(row: Declared) -> float:
-        return shrink if row.role in MATRICES else 1.0
+    CompleteP (Dey et al. 2025, table 1, alpha = 1) also multiplies residual branches by 1/depth.
+    Here their last matrices and biases carry the multiplier, in their scale at the start and, as
+    Adam and Muon move by steps of a given size, in their learning rates: the same function.
+    """
 
-    return jax.tree.map(multiplier, table(config), is_leaf=lambda x: isinstance(x, Declared))
+    def multiplier(path: tuple[Any, ...], row: Declared) -> float:
+        width = config.width_shrinks if row.role in MATRICES else 1.0
+        width = width**hidden_power if row.role == "hidden" else width
+        return width * (config.branch_shrinks if path[-1].key in _BRANCH_ENDS else 1.0)
+
+    return jax.tree_util.tree_map_with_path(
+        multiplier, table(config), is_leaf=lambda x: isinstance(x, Declared)
+    )
 
 
 def by_role(config: ModelConfig, roles: tuple[str, ...]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Model(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         v, d = config.vocab_size, config.d_model
-        untied_mup = config.parametrization == "mup" and not config.tie_embeddings
+        untied_mup = config.parametrization != "standard" and not config.tie_embeddings
         std = 1.0 if untied_mup else 0.02
         self.embedding = declare(rngs, (v, d), ("vocab", "d_model"), "embedding", std)
         if config.positions == "learned":

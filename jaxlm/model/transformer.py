@@ -198,8 +198,8 @@ def unembedding(config: ModelConfig, params: Params) -> jax.Array:
     """The output matrix [v, d], gathered over fsdp, muP's or T5's output scale included."""
     w_vd = params["embedding"] if config.tie_embeddings else params["unembedding"]
     w_vd = jax.reshard(w_vd, spec(("vocab", "d_model"), gathered=True))
-    if config.tie_embeddings and config.parametrization == "mup":
-        w_vd = w_vd * (config.base_d_model / config.d_model)
+    if config.tie_embeddings and config.parametrization != "standard":
+        w_vd = w_vd * config.width_shrinks
     return w_vd * config.d_model**-0.5 if config.scale_output else w_vd
 
 

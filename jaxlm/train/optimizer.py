@@ -100,7 +100,7 @@ def _muon(config: Config) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for hidden matrices, Adam for the rest.
 
     Orthogonalised updates get an RMS of 0.2 (Liu et al. 2025, eq. 4), so that one learning rate
-    serves both. Under muP they shrink as 1/√width, which keeps their spectral norm.
+    serves both. Under muP and CompleteP they shrink as 1/√width, which keeps their spectral norm.
     """
     o, rows = config.optimizer, table(config.model)
     is_row = {"is_leaf": lambda x: isinstance(x, Declared)}
@@ -111,9 +111,10 @@ def _muon(config: Config) -> optax.GradientTransformation:
         if row.role != "hidden":
             return multiplier
         sides = [math.prod(row.shape[i] for i in side) for side in axes]
-        return 0.2 * max(sides) ** 0.5 * multiplier**0.5
+        return 0.2 * max(sides) ** 0.5 * multiplier
 
-    scales = jax.tree.map(scale, rows, axes, learning_rate_multipliers(config.model), **is_row)
+    multipliers = learning_rate_multipliers(config.model, hidden_power=0.5)
+    scales = jax.tree.map(scale, rows, axes, multipliers, **is_row)
     return optax.chain(
         optax.partition(
             {
