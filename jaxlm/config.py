@@ -25,7 +25,11 @@ class DataConfig:
     licence: str = doc("", "SPDX id of the text in `sources`; '' records LicenseRef-unstated")
     text_field: str = doc("text", "which field of a record, or column of a table, is the text")
     file_urls: bool = doc(False, "whether a source may be a file:// URL")
-    tokenizer: str = doc("bytes", "'bytes', 'bpe' (trained here), or a path to a tokenizer.json")
+    tokenizer: str = doc(
+        "bytes",
+        "'bytes'; trained here: 'bpe', 'unigram', 'chars', 'wordpiece', 'bpe+sudachi',"
+        " 'unigram+sudachi'; or a tokenizer.json, .model, vocab.txt, or a folder of one",
+    )
     tokenizer_bytes: int = doc(64 << 20, "bytes of text that a tokenizer is trained on, at most")
     eval_fraction: float = doc(0.05, "share of documents held out for evaluation, by hash of text")
     eval_sequences: int = doc(256, "sequences in one evaluation")

@@ -10,7 +10,7 @@ from scipy import stats
 
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig
-from jaxlm.data.tokenizer import Bytes, train_bpe
+from jaxlm.data.tokenizer import Bytes, create
 from jaxlm.generate import decode, sampling
 from jaxlm.model import transformer
 from jaxlm.schema import UserError
@@ -280,7 +280,7 @@ def test_every_token_is_readable():
     text = [decode.token_text(Bytes(), i) for i in range(257)]
     assert text[ord("a")] == "a" and text[ord("\n")] == "\n"
     assert text[0xE3] == "\\xe3" and text[0] == "<|endoftext|>" and text[256] == "<256>"
-    words = train_bpe(["日本 日本 the sky"] * 3, 280)
+    words = create("bpe", 280, ["日本 日本 the sky"] * 3)
     shown = [decode.token_text(words, i) for i in range(words.vocab_size)]
     assert all(shown) and not any("\ufffd" in s for s in shown) and "日本" in shown
 

@@ -25,10 +25,19 @@ def bpe():
     return tokenizers.create("bpe", 400, TEXTS)
 
 
-@pytest.fixture(scope="module", params=["bytes", "bpe", "bpe reloaded"])
+NEEDS = {"unigram": ("sentencepiece",), "bpe+sudachi": ("sudachipy", "sudachidict_core")}
+
+
+@pytest.fixture(
+    scope="module", params=["bytes", "bpe", "bpe reloaded", "chars", "unigram", "bpe+sudachi"]
+)
 def any_tokenizer(request, bpe, tmp_path_factory):
-    if request.param == "bytes":
-        return tokenizers.create("bytes", 256, [])
+    if request.param not in ("bpe", "bpe reloaded"):
+        for module in NEEDS.get(request.param, ()):
+            pytest.importorskip(module)
+        made = tokenizers.create(request.param, 450, TEXTS)
+        assert made.lossless
+        return made
     folder = tmp_path_factory.mktemp("tokenizer")
     bpe.save(folder)
     return bpe if request.param == "bpe" else tokenizers.load(folder)
@@ -48,9 +57,10 @@ def check_round_trip(tokenizer, text):
 @example("今日はいい天気ですね。")
 @example("👩‍👩‍👧‍👦 e\u0301 \u2028 \ufeff \ufffd \r\n\t  x")
 @example("<|endoftext|> a<|endoftext|>")
+@example("<0x41> <<0x00>> ▁▁a ▁")
 @example("")
 def test_every_text_comes_back_exactly_and_its_bytes_are_counted(any_tokenizer, text):
-    if any_tokenizer.kind == "subword":
+    if any_tokenizer.kind != "bytes":
         text = text.replace("\0", "")  # test below
     check_round_trip(any_tokenizer, text)
 
@@ -113,25 +123,28 @@ def test_an_altered_or_missing_tokenizer_is_refused(bpe, tmp_path):
 
 TRAIN = """
 import sys
-from jaxlm.data.tokenizer import train_bpe
+from jaxlm.data.tokenizer import create
 texts = ["word%d wörter %d 言葉" % (i % 97, i % 89) * 5 for i in range(3000)]
-print(train_bpe(texts, 600).fingerprint)
+print(create(sys.argv[1], 600, texts).fingerprint)
 """
 
 
-def test_training_is_the_same_in_every_process():
+@pytest.mark.parametrize("name", ["bpe", "wordpiece", "unigram", "chars"])
+def test_training_is_the_same_in_every_process(name):
+    for module in NEEDS.get(name, ()):
+        pytest.importorskip(module)
     found = set()
     for parallel, seed in (("true", "1"), ("false", "2")):
         env = {**os.environ, "TOKENIZERS_PARALLELISM": parallel, "PYTHONHASHSEED": seed}
         run = subprocess.run(
-            [sys.executable, "-c", TRAIN], env=env, capture_output=True, text=True, check=True
+            [sys.executable, "-c", TRAIN, name], env=env, capture_output=True, text=True, check=True
         )
         found.add(run.stdout)
     assert len(found) == 1
 
 
 def test_a_trained_vocabulary_is_used(bpe):
-    assert tokenizers.BPE_MIN_VOCAB < bpe.vocab_size <= 400
+    assert 257 < bpe.vocab_size <= 400
     assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 4
 
 
@@ -181,6 +194,71 @@ def test_sentencepiece_spellings_count_the_bytes_they_stand_for(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     found = tokenizers.from_file(tmp_path / "tokenizer.json")
     assert found.token_bytes().tolist() == [0, 7, 1, 1, 2, 5]
+
+
+def test_gpt2s_two_files_are_the_tokenizer_that_they_describe(bpe, tmp_path):
+    spec = json.loads(bpe.inner.to_str())["model"]
+    for vocab, merges in tokenizers.PAIRS:
+        folder = tmp_path / vocab
+        folder.mkdir()
+        (folder / vocab).write_text(json.dumps(spec["vocab"]))
+        lines = [
+            "#version: 0.2",
+            *(m if isinstance(m, str) else " ".join(m) for m in spec["merges"]),
+        ]
+        (folder / merges).write_text("\n".join(lines) + "\n")
+        found = tokenizers.from_file(folder)
+        assert found.lossless and found.eos_id == bpe.eos_id
+        for text in TEXTS:
+            np.testing.assert_array_equal(found.encode(text), bpe.encode(text))
+
+
+def test_a_vocab_txt_is_berts_tokenizer(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##able", "café", "日"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    found = tokenizers.create(str(tmp_path), 8, [])
+    assert found.encode("Unable 日本 [SEP]").tolist()[:4] == [4, 5, 7, 1]
+    assert not found.lossless and found.eos == "[SEP]"
+
+
+def test_what_loses_text_says_so():
+    found = tokenizers.create("wordpiece", 200, TEXTS)
+    assert not found.lossless
+    assert found.decode(found.encode("the  quick")) == "the quick"
+
+
+def test_a_sentencepiece_model_is_run_by_its_own_library(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:2] * 20),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=330,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    found = tokenizers.create(str(tmp_path / "m.model"), 400, [])
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    text = "今日は quick 🦊"
+    assert found.encode(text).tolist() == peer.encode(text)
+    assert found.decode(found.encode(text)) == text and not found.lossless  # it squeezes spaces
+    found.save(tmp_path / "saved")
+    assert tokenizers.load(tmp_path / "saved").fingerprint == found.fingerprint
+
+
+def test_words_of_japanese_are_never_joined():
+    pytest.importorskip("sudachidict_core")
+    from jaxlm.data import japanese
+
+    words = japanese.segmenter()
+    assert words("今日はいい天気ですね。x 1") == [
+        "今日", "は", "いい", "天気", "です", "ね", "。x 1"
+    ]  # fmt: skip
+    text = "私は東京都に住んでいます。" * 3000 + "End"
+    assert "".join(words(text)) == text
+    found = tokenizers.create("bpe+sudachi", 600, TEXTS)
+    pieces = [found.decode([i]) for i in found.encode("今日はいい天気ですね。")]
+    assert not any("日は" in p or "すね" in p for p in pieces)
 
 
 # ----------------------------------------------------------------------------------------- refusals

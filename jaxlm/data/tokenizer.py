@@ -1,4 +1,4 @@
-"""Text to token ids and back: plain bytes, a byte-level BPE trained here, or any tokenizer.json."""
+"""Text to token ids and back: plain bytes, what is trained here, or anybody's tokenizer files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxlm.data import japanese
+from jaxlm.data.extras import library
+from jaxlm.data.vocabularies import EOS, TRAINERS
 from jaxlm.schema import JaxlmError, UserError, hint
 
 FORMAT = "jaxlm.tokenizer/1"
-EOS = "<|endoftext|>"
-TRAINED = ("bpe",)
-BPE_MIN_VOCAB = 257  # all bytes and the end of text
+SEGMENTED = "+sudachi"  # words of Japanese first
+TRAINED = (*TRAINERS, *(name + SEGMENTED for name in ("bpe", "unigram")))
 
 # Ends of text by convention, for a tokenizer.json that says nothing about its own.
 _EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
@@ -28,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def kind(self) -> str:
-        """'bytes' or 'subword'."""
+        """'bytes', 'subword', 'segmented' or 'sentencepiece'."""
 
     @property
     def vocab_size(self) -> int:
@@ -79,9 +81,12 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
         if stored["format"] != FORMAT:
             raise JaxlmError(f"{folder}/jaxlm.json: expected {FORMAT}, got {stored['format']!r}")
         tokenizer: Tokenizer = Bytes()
-        if stored["kind"] == "subword":
+        if stored["kind"] in ("subword", "segmented"):
             text = (folder / "tokenizer.json").read_text("utf-8")
-            tokenizer = Subword(_parse(text, str(folder / "tokenizer.json")), stored["eos"])
+            kind = Segmented if stored["kind"] == "segmented" else Subword
+            tokenizer = kind(_parse(text, str(folder / "tokenizer.json")), stored["eos"])
+        elif stored["kind"] == "sentencepiece":
+            tokenizer = SentencePiece((folder / "tokenizer.model").read_bytes())
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise JaxlmError(f"{folder}: no readable tokenizer: {type(e).__name__}: {e}") from e
     if tokenizer.fingerprint != stored["fingerprint"]:
@@ -94,16 +99,21 @@ def create(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
 
     `texts` are read only where there is something to train. Raises UserError.
     """
+    trained, segmented = name.removesuffix(SEGMENTED), name.endswith(SEGMENTED)
     if name == "bytes":
         tokenizer: Tokenizer = Bytes()
-    elif name == "bpe":
-        tokenizer = train_bpe(texts, vocab_size)
-    elif name.endswith(".json"):
+    elif trained in TRAINERS:
+        kind, words = Subword, texts
+        if segmented:  # each word is a text of its own
+            cut = japanese.segmenter()
+            kind, words = Segmented, (word for text in texts for word in cut(text))
+        tokenizer = kind(*TRAINERS[trained](words, vocab_size))
+    elif name.endswith((".json", ".model", ".txt")) or os.path.isdir(name):
         tokenizer = from_file(name)
     else:
         raise UserError(
-            f"data.tokenizer: expected 'bytes', 'bpe' or a path to a tokenizer.json, got {name!r}; "
-            + hint(name, ("bytes", "bpe"))
+            f"data.tokenizer: expected one of {', '.join(('bytes', *TRAINED))}, or a path to a "
+            f"tokenizer, got {name!r}; {hint(name, ('bytes', *TRAINED))}"
         )
     check_vocab(tokenizer, name, vocab_size)
     return tokenizer
@@ -223,40 +233,88 @@ class Subword:
         _save(directory, stored)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Subword:
-    """Byte-level BPE (GPT-2's pre-tokenization; Radford et al. 2019, §2.2) of `vocab_size` ids.
+class Segmented(Subword):
+    """A subword tokenizer that never joins two words of a Japanese text, as Sudachi tells them."""
 
-    Id 0 ends a text. Fewer ids result where the texts hold fewer repeated pairs. Raises UserError
-    for a vocabulary that cannot even hold the bytes.
+    kind = "segmented"
+
+    def __init__(self, inner: Any, eos: str) -> None:
+        self.words = japanese.segmenter()
+        super().__init__(inner, eos)
+        of = f"{self.fingerprint} {japanese.version()}"
+        self.fingerprint = hashlib.sha256(of.encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        words = [self.words(text) for text in texts]
+        how = {"is_pretokenized": True, "add_special_tokens": False}
+        return [np.array(e.ids, np.int32) for e in self.inner.encode_batch_fast(words, **how)]
+
+
+# ------------------------------------------------------------------------------------ from files
+
+
+class SentencePiece:
+    """A SentencePiece model, run by its own library."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        self.inner = library("sentencepiece", "sp").SentencePieceProcessor(model_proto=model)
+        self.vocab_size = int(self.inner.get_piece_size())
+        self.eos_id = int(self.inner.eos_id())
+        if self.eos_id < 0:
+            raise UserError("data.tokenizer: the SentencePiece model has no end of text")
+        self.lossless = all(self.decode(self.encode(text)) == text for text in _PROBES)
+        self.fingerprint = hashlib.sha256(b"sentencepiece " + model).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.inner.encode(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.int32) for ids in self.inner.encode(list(texts))]
+
+    def decode(self, ids: Any) -> str:
+        return self.inner.decode(_known(ids, self.vocab_size).tolist())
+
+    def token_bytes(self) -> np.ndarray:
+        counts = np.zeros(self.vocab_size, np.int32)
+        for i in range(self.vocab_size):
+            if not (self.inner.is_control(i) or self.inner.is_unknown(i)):
+                counts[i] = _spelled_bytes(self.inner.id_to_piece(i), "")
+        return counts
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "tokenizer.model").write_bytes(self.model)
+        _save(directory, {"kind": self.kind, "fingerprint": self.fingerprint})
+
+
+PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+"""GPT-2's two files, under either pair of names."""
+
+
+def from_file(path: str | os.PathLike[str]) -> Tokenizer:
+    """A tokenizer.json, a SentencePiece .model, GPT-2's vocabulary and merges, BERT's vocab.txt, or
+    a folder that holds one of them.
+
+    Its end of text is read from a tokenizer_config.json beside it, or is the first conventional
+    name that it knows. Raises UserError.
     """
-    from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < BPE_MIN_VOCAB:
-        raise UserError(
-            f"model.vocab_size: tokenizer 'bpe' needs at least {BPE_MIN_VOCAB} ids (bytes and end "
-            f"of text), got {vocab_size}; set data.tokenizer='bytes' for a smaller vocabulary"
-        )
-    inner = Inner(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer)
-    return Subword(inner, EOS)
-
-
-def from_file(path: str | os.PathLike[str]) -> Subword:
-    """A tokenizer.json; its end of text is what a tokenizer_config.json or a model's config.json
-    beside it says, or the first conventional name that it knows. Raises UserError."""
     file = Path(path)
     try:
-        inner = _parse(file.read_text("utf-8"), str(file))
+        if file.is_dir():
+            names = ("tokenizer.json", "tokenizer.model", *(v for v, _ in PAIRS), "vocab.txt")
+            found = next((n for n in names if (file / n).is_file()), None)
+            if found is None:
+                raise UserError(f"data.tokenizer: {file} holds none of {', '.join(names)}")
+            file = file / found
+        if file.suffix == ".model":
+            return SentencePiece(file.read_bytes())
+        inner = _inner(file)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"data.tokenizer: cannot read {file}: {e}") from e
     eos = _stated(file.with_name("tokenizer_config.json"), "eos_token") or ""
@@ -269,6 +327,28 @@ def from_file(path: str | os.PathLike[str]) -> Subword:
     if known is None:
         raise UserError(f"data.tokenizer: {file} has no end of text (none of {', '.join(names)})")
     return Subword(inner, known)
+
+
+def _inner(file: Path) -> Any:
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    merges = dict(PAIRS).get(file.name)
+    if merges and file.with_name(merges).is_file():
+        inner = Inner(models.BPE.from_file(str(file), str(file.with_name(merges))))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([EOS] if inner.token_to_id(EOS) is not None else [])
+        return inner
+    if file.name == "vocab.txt":
+        inner = Inner(models.WordPiece.from_file(str(file), unk_token="[UNK]"))
+        cased = any(c.isupper() for t in inner.get_vocab() for c in t if not t.startswith("["))
+        inner.normalizer = normalizers.BertNormalizer(lowercase=not cased)
+        inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        inner.decoder = decoders.WordPiece()
+        inner.add_special_tokens([t for t in ("[CLS]", "[SEP]", "[UNK]") if inner.token_to_id(t)])
+        return inner
+    return _parse(file.read_text("utf-8"), str(file))
 
 
 def _stated(config: Path, key: str) -> Any:

@@ -1,0 +1,33 @@
+"""A language model of Python code, against a general compressor, on the text every Python carries.
+
+Command:  jaxlm train --config=experiments/code_model.py --workdir=runs/code
+Cost:     TIME on 2 cores.
+Result:   RESULT
+"""
+
+from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="code",
+        model=ModelConfig(
+            d_model=192,
+            n_layers=4,
+            n_heads=6,
+            vocab_size=4096,
+            seq_len=256,
+            qk_norm=True,
+            scan_layers=False,
+        ),
+        data=DataConfig(sources=("stdlib",), tokenizer="bpe", max_epochs=4.0),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, schedule="linear"),
+        train=TrainConfig(
+            steps=1000,
+            global_batch_size=8,
+            log_every=20,
+            eval_every=250,
+            checkpoint_every=250,
+            sample_prompts=("def ", "class "),
+        ),
+    )
