@@ -25,9 +25,10 @@ def get_config() -> Config:
         train=TrainConfig(
             steps=1000,
             global_batch_size=8,
-            log_every=20,
+            steps_per_dispatch=10,
+            log_every=50,
             eval_every=250,
-            checkpoint_every=250,
+            checkpoint_every=50,
             sample_prompts=("def ", "class "),
         ),
     )

@@ -14,6 +14,29 @@ from jaxlm.schema import UserError, checked, doc, part
 
 
 @dataclass(frozen=True)
+class CleanConfig:
+    """What happens to documents before they become tokens; without any of it they stay as read."""
+
+    licences: tuple[str, ...] = doc((), "patterns of text licences that are allowed; (): all")
+    refused_licences: tuple[str, ...] = doc((), "patterns of text licences that are not")
+    repair: bool = doc(False, "mend broken Unicode (ftfy)")
+    language_id: bool = doc(False, "find each text's language (lingua, offline)")
+    languages: tuple[str, ...] = doc((), "languages that stay ('en', 'ja', 'python' …); (): all")
+    quality: bool = doc(False, "Gopher, C4 and FineWeb rules, by characters where no spaces are")
+    evaluation_sets: tuple[str, ...] = doc((), "sources whose texts must not be trained on")
+    mask: bool = doc(False, "replace mail addresses, telephone numbers, keys … by what they are")
+    near_duplicates: bool = doc(False, "keep one of texts that are nearly alike (MinHash)")
+
+    def has(self, step: str) -> bool:
+        """Whether a step of `data.clean.STEPS` does anything."""
+        return {
+            "licence": bool(self.licences or self.refused_licences),
+            "language": self.language_id or bool(self.languages),
+            "decontaminate": bool(self.evaluation_sets),
+        }.get(step, bool(getattr(self, step, False)))
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, how it becomes tokens, and in which order it is seen."""
 
@@ -42,7 +65,9 @@ class DataConfig:
     curriculum: tuple[tuple[float, tuple[float, ...]], ...] = doc(
         (), "((0.8, (1, 3)), …): weights that hold from this share of the steps on"
     )
-    workers: int = doc(0, "processes that make shards; 0: one per core")
+    clean: CleanConfig = part(CleanConfig)
+    engine: Literal["local", "ray"] = doc("local", "where cleaning runs: processes, or Ray")
+    workers: int = doc(0, "processes that clean and make shards; 0: one per core")
     dir: str = doc("", "folder of the token shards; '': data/ in the run's (or sweep's) folder")
 
 

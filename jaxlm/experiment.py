@@ -103,7 +103,7 @@ def with_files(config: Config, change: Callable[[str], str]) -> Config:
 # What is watched or where things lie does not change what is computed.
 _NOT_IDENTITY = {
     "": ("name",),
-    "data": ("dir", "licence", "file_urls", "workers"),
+    "data": ("dir", "licence", "file_urls", "engine", "workers"),
     "train": (
         "log_every", "checkpoint_every", "keep_checkpoints", "probes", "sample_prompts",
         "sample_tokens", "track", "profile",

@@ -268,8 +268,8 @@ def test_references_resolve_or_say_what_is_wrong(tmp_path):
 
 # Names, places and what is only watched: all else changes what is computed.
 NOT_IDENTITY = {
-    "name", "data.dir", "data.licence", "data.file_urls", "data.workers", "train.log_every",
-    "train.checkpoint_every",
+    "name", "data.dir", "data.licence", "data.file_urls", "data.workers", "data.engine",
+    "train.log_every",    "train.checkpoint_every",
     "train.keep_checkpoints", "train.probes", "train.sample_prompts", "train.sample_tokens",
     "train.track", "train.profile",
 }  # fmt: skip

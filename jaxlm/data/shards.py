@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import DataConfig
+from jaxlm.config import CleanConfig, DataConfig
 from jaxlm.data import documents, spool, tokenizing
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.documents import Reading, Tally
@@ -42,7 +42,7 @@ from jaxlm.data.spool import Bucket, Collected, Origin, Plan, Progress
 from jaxlm.data.tokenizing import KINDS, SPLITS, Piece
 from jaxlm.files import cannot_write, read_json, write_json
 from jaxlm.pyfile import is_reference
-from jaxlm.schema import JaxlmError, UserError, from_dict
+from jaxlm.schema import JaxlmError, UserError, from_dict, to_dict
 
 FORMAT = "jaxlm.data/1"
 MANIFEST = "manifest.json"
@@ -163,6 +163,7 @@ def _request(data: DataConfig, vocab_size: int) -> dict[str, Any]:
     """What decides the shards, as far as the config says it."""
     request: dict[str, Any] = {
         "sources": list(data.sources),
+        **({"clean": to_dict(data.clean)} if data.clean != CleanConfig() else {}),
         "licence": data.licence,
         "text_field": data.text_field,
         "tokenizer": data.tokenizer,
@@ -268,7 +269,8 @@ def _build(
     with open(out / "quarantine.jsonl", "a" if before else "w") as f:
         f.writelines(lines[1:] if before else lines)
     write_json(out / MANIFEST, asdict(manifest))
-    shutil.rmtree(folder)
+    for temporary in (folder, out / ".clean"):
+        shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 
@@ -280,10 +282,16 @@ def _collect(
     reading = Reading(data.licence, data.text_field, data.file_urls)
 
     def each() -> Iterator[tuple[int, Document]]:
-        for index, document in documents.numbered(sources, reading, tally):
+        found = documents.numbered(sources, reading, tally)
+        if data.clean != CleanConfig():
+            from jaxlm.data import clean  # which needs the extra `data`
+
+            clean.run(replace(data, sources=sources), folder.parent, request, report)
+            found = clean.kept(folder.parent, tally)
+        for index, document in found:
             yield first + index, document
 
-    total = documents.total_bytes(sources)
+    total = documents.total_bytes(sources) if data.clean == CleanConfig() else 0
     return spool.collect(each(), tally, folder, request, total, report)
 
 
