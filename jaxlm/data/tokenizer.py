@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxlm.data import japanese
-from jaxlm.data.extras import library
+from jaxlm.data.sentencepiece import SentencePiece
+from jaxlm.data.spelling import FORMAT, PROBES, known, save_facts, spelled_bytes, types
 from jaxlm.data.vocabularies import EOS, TRAINERS
 from jaxlm.schema import JaxlmError, UserError, hint
 
-FORMAT = "jaxlm.tokenizer/1"
 SEGMENTED = "+sudachi"  # words of Japanese first
 TRAINED = (*TRAINERS, *(name + SEGMENTED for name in ("bpe", "unigram")))
 
@@ -151,7 +150,7 @@ class Bytes:
         return self.encode(text)[:most]
 
     def decode(self, ids: Any) -> str:
-        return _known(ids, 256).astype(np.uint8).tobytes().decode(errors="replace")
+        return known(ids, 256).astype(np.uint8).tobytes().decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
         counts = np.ones(256, np.int32)
@@ -159,20 +158,10 @@ class Bytes:
         return counts
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _save(directory, {"kind": self.kind, "fingerprint": self.fingerprint})
+        save_facts(directory, {"kind": self.kind, "fingerprint": self.fingerprint})
 
 
 # ----------------------------------------------------------------------------------------- subword
-
-
-# What tokenizers lose: spaces, line ends, case, width, composition, unknown and control characters.
-_PROBES = (
-    " a  b\t\n\r\n c ",
-    "AaÀÉé e\u0301 ﬁ ½ ① Ｆｕｌｌ ｶﾞ",
-    "▁ ## Ġ <0x41> <unk> [UNK] ``x'' don 't , .",
-    "今日はいい天気ですね。𠮟る 한국어 ไทย العربية 👩‍👩‍👧",
-    "\x01\x7f\x85\u200b\u2028\ufeff\U000e0001\uffff",
-)
 
 
 class Subword:
@@ -189,7 +178,7 @@ class Subword:
             raise UserError(f"data.tokenizer: its end of text {eos!r} is not in its vocabulary")
         self.inner, self.eos, self.eos_id = inner, eos, int(eos_id)
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
-        self.lossless = all(self.decode(self.encode(text)) == text for text in _PROBES)
+        self.lossless = all(self.decode(self.encode(text)) == text for text in PROBES)
         self.fingerprint = hashlib.sha256(f"{inner.to_str()}\n{eos}".encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -211,16 +200,16 @@ class Subword:
         return np.array(self.inner.post_process(encoded).ids, np.int32)
 
     def decode(self, ids: Any) -> str:
-        known = _known(ids, self.vocab_size).tolist()
-        return self.inner.decode(known, skip_special_tokens=False)
+        found = known(ids, self.vocab_size).tolist()
+        return self.inner.decode(found, skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
         spec = json.loads(self.inner.to_str())
-        byte_level = "ByteLevel" in _types(spec["decoder"])
+        byte_level = "ByteLevel" in types(spec["decoder"])
         continues = "##" if spec["model"]["type"] == "WordPiece" else ""
         counts = np.zeros(self.vocab_size, np.int32)
         for token, i in self.inner.get_vocab(with_added_tokens=False).items():
-            counts[i] = len(token) if byte_level else _spelled_bytes(token, continues)
+            counts[i] = len(token) if byte_level else spelled_bytes(token, continues)
         for added in spec["added_tokens"]:
             counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
         counts[self.eos_id] = 0
@@ -230,7 +219,7 @@ class Subword:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / "tokenizer.json").write_text(self.inner.to_str(), "utf-8")
         stored = {"kind": self.kind, "eos": self.eos, "fingerprint": self.fingerprint}
-        _save(directory, stored)
+        save_facts(directory, stored)
 
 
 class Segmented(Subword):
@@ -254,43 +243,6 @@ class Segmented(Subword):
 
 
 # ------------------------------------------------------------------------------------ from files
-
-
-class SentencePiece:
-    """A SentencePiece model, run by its own library."""
-
-    kind = "sentencepiece"
-
-    def __init__(self, model: bytes) -> None:
-        self.model = model
-        self.inner = library("sentencepiece", "sp").SentencePieceProcessor(model_proto=model)
-        self.vocab_size = int(self.inner.get_piece_size())
-        self.eos_id = int(self.inner.eos_id())
-        if self.eos_id < 0:
-            raise UserError("data.tokenizer: the SentencePiece model has no end of text")
-        self.lossless = all(self.decode(self.encode(text)) == text for text in _PROBES)
-        self.fingerprint = hashlib.sha256(b"sentencepiece " + model).hexdigest()
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self.inner.encode(text), np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, np.int32) for ids in self.inner.encode(list(texts))]
-
-    def decode(self, ids: Any) -> str:
-        return self.inner.decode(_known(ids, self.vocab_size).tolist())
-
-    def token_bytes(self) -> np.ndarray:
-        counts = np.zeros(self.vocab_size, np.int32)
-        for i in range(self.vocab_size):
-            if not (self.inner.is_control(i) or self.inner.is_unknown(i)):
-                counts[i] = _spelled_bytes(self.inner.id_to_piece(i), "")
-        return counts
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / "tokenizer.model").write_bytes(self.model)
-        _save(directory, {"kind": self.kind, "fingerprint": self.fingerprint})
 
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -323,10 +275,10 @@ def from_file(path: str | os.PathLike[str]) -> Tokenizer:
         i = _stated(file.with_name("config.json"), "eos_token_id")
         eos = (inner.id_to_token(i) if type(i) is int and i >= 0 else None) or ""
     names = (eos,) if eos else _EOS_NAMES
-    known = next((n for n in names if inner.token_to_id(n) is not None), None)
-    if known is None:
+    end = next((n for n in names if inner.token_to_id(n) is not None), None)
+    if end is None:
         raise UserError(f"data.tokenizer: {file} has no end of text (none of {', '.join(names)})")
-    return Subword(inner, known)
+    return Subword(inner, end)
 
 
 def _inner(file: Path) -> Any:
@@ -368,28 +320,3 @@ def _parse(text: str, where: str) -> Any:
         return Inner.from_str(text)
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"data.tokenizer: {where} is not a tokenizer.json: {e}") from e
-
-
-def _known(ids: Any, vocab_size: int) -> np.ndarray:
-    array = np.asarray(ids, np.int64).reshape(-1)
-    return array[(array >= 0) & (array < vocab_size)]
-
-
-def _types(decoder: dict[str, Any] | None) -> set[str]:
-    """Types of a decoder and of its parts."""
-    if not decoder:
-        return set()
-    return {decoder["type"]}.union(*map(_types, decoder.get("decoders", [])))
-
-
-def _spelled_bytes(token: str, continues: str) -> int:
-    """Bytes behind a SentencePiece ('▁the', '<0x0A>') or WordPiece ('##ing') spelling."""
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return 1
-    return len(token.removeprefix(continues).replace("▁", " ").encode())
-
-
-def _save(directory: str | os.PathLike[str], stored: dict[str, Any]) -> None:
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **stored}, indent=2) + "\n"
-    (Path(directory) / "jaxlm.json").write_text(text)
