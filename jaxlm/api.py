@@ -84,7 +84,7 @@ def train(
             say(f"{folder}: {row.status} before; nothing is left to do")
         else:
             data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
-            shards.build(config.data, config.model.vocab_size, data_dir, data_progress)
+            shards.build(config.data, config.text_ids, data_dir, data_progress)
             if stop:
                 raise _stopped(stop)
             say(banner(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,6 +90,51 @@ class OptimizerConfig:
     muon_momentum: float = doc(0.95, "muon: momentum of the orthogonalised matrices")
 
 
+OBJECTIVES = {
+    "decoder": ("next_token", "prefix_lm", "fill_in_the_middle"),
+    "encoder": ("masked_lm",),
+    "encoder_decoder": ("span_corruption", "ul2", "prefix_lm"),
+}
+
+# Share of the text and mean length of the spans taken out (Tay et al. 2022, table 1); a seventh
+# denoiser continues a prefix. The first two are "regular", the other four "extreme".
+UL2 = ((0.15, 3.0), (0.15, 8.0), (0.5, 3.0), (0.5, 8.0), (0.15, 64.0), (0.5, 64.0))
+UL2_MODES = 3  # regular, extreme, sequential: a token before the text says which
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """How the objectives change a text that is to be restored."""
+
+    rate: float = doc(0.15, "share of the tokens to restore; fill_in_the_middle: of the documents")
+    mean_span: float = doc(3.0, "span_corruption: mean length of a span")
+    whole_words: bool = doc(False, "masked_lm: whole words are masked or not")
+    top_id: int | None = doc(
+        None, "the mask, or the first of the sentinels, others downwards; None: the last id"
+    )
+
+    def spans(self, t: int) -> tuple[int, int]:
+        """Tokens taken out of `t`, and in how many spans."""
+        return _spans(t, self.rate, self.mean_span)
+
+    def ul2_spans(self, t: int) -> list[tuple[int, int]]:
+        return [_spans(t, *denoiser) for denoiser in UL2]
+
+    def special_ids(self, objective: str, t: int) -> int:
+        """Ids that an objective needs besides those of text, for rows of `t` tokens."""
+        return {
+            "masked_lm": 1,
+            "span_corruption": self.spans(t)[1] + 1,
+            "ul2": max(n for _, n in self.ul2_spans(t)) + 1 + UL2_MODES,
+            "fill_in_the_middle": 3,
+        }.get(objective, 0)
+
+
+def _spans(t: int, rate: float, mean: float) -> tuple[int, int]:
+    noise = min(max(round(t * rate), 1), max(t - 1, 1))
+    return noise, min(max(round(noise / mean), 1), noise, max(t - noise, 1))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop: how long, how often, what is watched."""
@@ -96,7 +142,12 @@ class TrainConfig:
     steps: int = doc(1000, "optimizer steps")
     global_batch_size: int = doc(16, "sequences per step, over all devices")
     accumulation_steps: int = doc(1, "micro-batches per step, weighted by their tokens")
-    objective: str = doc("next_token", "'next_token' or own 'file.py:function'")
+    objective: str = doc(
+        "next_token",
+        "'next_token', 'prefix_lm', 'fill_in_the_middle'; encoder: 'masked_lm'; encoder_decoder:"
+        " 'span_corruption', 'ul2', 'prefix_lm'; or own 'file.py:function'",
+    )
+    corruption: Corruption = part(Corruption)
     z_loss: float = doc(0.0, "weight of log(Z)^2 in the loss")
     steps_per_dispatch: int = doc(1, "steps in one lax.scan; every interval is a multiple of it")
     log_every: int = doc(50, "steps between lines in metrics.jsonl")
@@ -130,6 +181,13 @@ class Config:
     optimizer: OptimizerConfig = part(OptimizerConfig)
     train: TrainConfig = part(TrainConfig)
     mesh: MeshConfig = part(MeshConfig)
+
+    @property
+    def text_ids(self) -> int:
+        """How many ids of the vocabulary are for text: the objective may keep some at the top."""
+        c = self.train.corruption
+        kept = c.special_ids(self.train.objective, self.model.seq_len) if c.top_id is None else 0
+        return self.model.vocab_size - kept
 
     @property
     def batch_tokens(self) -> int:
@@ -198,7 +256,9 @@ _RANGES: Ranges = (
         "optimizer.eps optimizer.weight_decay optimizer.grad_clip train.z_loss train.eval_every"
         " train.checkpoint_every train.sample_tokens",
     ),
+    ("at least 1", lambda x: x >= 1, "train.corruption.mean_span"),
     ("above 0", lambda x: x > 0, "data.max_epochs optimizer.learning_rate"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "train.corruption.rate"),
     ("above 0 and below 1", lambda x: 0 < x < 1, "data.eval_fraction"),
     (
         "at least 0 and below 1",
@@ -245,6 +305,7 @@ def validate(config: Config, where: str = "config") -> Config:
         o.decay_fraction,
         f"at most 1 - warmup_fraction = {1 - o.warmup_fraction:g}",
     )
+    _check_objective(config, need)
     whole = t.global_batch_size
     divides("train.accumulation_steps", t.accumulation_steps, "global_batch_size", whole)
     k = t.steps_per_dispatch
@@ -258,6 +319,29 @@ def validate(config: Config, where: str = "config") -> Config:
         known = ("tensorboard", "wandb", "trackio")
         need(name in known, "train.track", name, ", ".join(known))
     return config
+
+
+def _check_objective(config: Config, need: Callable[..., None]) -> None:
+    """The objective suits the architecture, and what it makes has room in it."""
+    m, c, name = config.model, config.train.corruption, config.train.objective
+    known = ", ".join(map(repr, OBJECTIVES[m.architecture]))
+    own = ":" in name
+    expected = f"{known} or own 'file.py:function' with architecture={m.architecture!r}"
+    need(own or name in OBJECTIVES[m.architecture], "train.objective", name, expected)
+    prefix = name == "prefix_lm" and m.architecture == "decoder"
+    expected = f"{prefix} with train.objective={name!r}"
+    ok = own or m.prefix_attention == prefix
+    need(ok, "model.prefix_attention", m.prefix_attention, expected)
+    masked = name == "masked_lm" or not c.whole_words
+    need(masked, "train.corruption.whole_words", c.whole_words, "False but for 'masked_lm'")
+    spans = {"span_corruption": [c.spans(m.seq_len)], "ul2": c.ul2_spans(m.seq_len)}
+    longest = max((noise + n + 1 for noise, n in spans.get(name, [])), default=1)
+    need(m.decoder_len >= longest, "model.target_len", m.decoder_len, f"at least {longest}")
+    ids = c.special_ids(name, m.seq_len)
+    need(m.vocab_size > ids, "model.vocab_size", m.vocab_size, f"more than {ids} special ids")
+    inside = c.top_id is None or ids - 1 <= c.top_id < m.vocab_size
+    expected = f"from {max(ids - 1, 0)} to {m.vocab_size - 1}"
+    need(inside, "train.corruption.top_id", c.top_id, expected)
 
 
 def _nearest_divisor(n: int, value: int) -> int:

@@ -84,7 +84,7 @@ def _groups(todo: list[Run]) -> list[list[Run]]:
 
 def _fit(group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress) -> None:
     config = group[0].config
-    train_set = loader.Dataset.open(data_dir, "train", config.model.seq_len, config.data.packing)
+    train_set = _open(config, data_dir, "train")
     sequences = config.train.steps * config.train.global_batch_size
     mixture = loader.mixture_of(train_set, config.data, sequences)
     for run in group:
@@ -106,9 +106,15 @@ def _fit(group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress) -
         loop.fit(group, train_set, observers, stop, send, mixture)
 
 
+def _open(config: Config, data_dir: Path, split: str) -> loader.Dataset:
+    packing = config.data.packing if split == "train" else "split"
+    words = config.train.corruption.whole_words
+    return loader.Dataset.open(data_dir, split, config.model.seq_len, packing, words)
+
+
 def _observers(config: Config, data_dir: Path) -> list[loop.Observer]:
     """What is watched besides the training loss."""
-    eval_set = loader.Dataset.open(data_dir, "eval", config.model.seq_len)
+    eval_set = _open(config, data_dir, "eval")
     words, t = tokenizer.load(data_dir / "tokenizer"), config.train
     decode.check_prompts(config, words)
     watch = [likelihood.heldout(eval_set, config.data.eval_sequences)]

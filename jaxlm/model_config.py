@@ -84,6 +84,7 @@ class ModelConfig:
         "gelu", "feed-forward non-linearity (gelu, geglu: the tanh form; relu2: squared)"
     )
     bias: bool = doc(False, "biases in linear layers (and in LayerNorm)")
+    prefix_attention: bool = doc(False, "tokens of a prompt see each other both ways (prefix LM)")
     moe: MoE = part(MoE)
     dropout: float = doc(0.0, "share dropped of embeddings and of each sub-layer's output")
     tie_embeddings: bool = doc(True, "the unembedding is the embedding's transpose")
@@ -265,6 +266,12 @@ def check_model(m: ModelConfig, need: Need) -> None:
         "target_len",
         m.target_len,
         f"at most seq_len={m.seq_len} with learned positions",
+    )
+    need(
+        not m.prefix_attention or m.architecture == "decoder",
+        "prefix_attention",
+        m.prefix_attention,
+        "False unless architecture='decoder'",
     )
     for field in ("mlm_head", "pooler", "n_classes"):
         value = getattr(m, field)

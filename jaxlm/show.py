@@ -73,10 +73,8 @@ class Lines:
         """`progress` of a run: every row that it writes."""
         steps = run.config.train.steps
         if "eval/loss" in row:
-            self.say(
-                f"step {row['step']}/{steps} eval loss {row['eval/loss']:.4f}"
-                f"  {row['eval/bpb']:.4f} bits/byte"
-            )
+            bits = f"  {row['eval/bpb']:.4f} bits/byte" if "eval/bpb" in row else ""
+            self.say(f"step {row['step']}/{steps} eval loss {row['eval/loss']:.4f}{bits}")
         elif "sample/text" in row:
             self.say(f"sample: {(row['sample/prompt'] + row['sample/text'])!r}")
         elif "train/loss" in row:
@@ -109,9 +107,10 @@ class Lines:
     # -------------------------------------------------------------------------------------- tables
 
     def record(self, row: Any) -> None:
+        bits = "" if row.eval_bpb is None else f", {row.eval_bpb:.4f} bits/byte on held-out text"
         self.say(
-            f"{row.name}: {row.status}, {row.tokens:,} tokens, loss {row.loss:.4f},"
-            f" {row.eval_bpb:.4f} bits/byte on held-out text, {_clock(row.wall_time_s)}"
+            f"{row.name}: {row.status}, {row.tokens:,} tokens, loss {row.loss:.4f}{bits},"
+            f" {_clock(row.wall_time_s)}"
         )
 
     def plan(self, plan: Any) -> None:

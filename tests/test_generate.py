@@ -13,6 +13,7 @@ from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.data.tokenizer import Bytes, create
 from jaxlm.generate import decode, sampling
 from jaxlm.model import transformer
+from jaxlm.model_config import MoE
 from jaxlm.schema import UserError
 
 TINY = ModelConfig(
@@ -35,6 +36,35 @@ VARIANTS = {
     ),
     "none, swiglu, qk_norm, untied": dataclasses.replace(
         TINY, positions="none", activation="swiglu", qk_norm=True, tie_embeddings=False
+    ),
+    "gemma 3: windows of two kinds, scanned": dataclasses.replace(
+        TINY,
+        n_layers=3,
+        norm_placement="both",
+        qk_norm=True,
+        sliding_window=4,
+        global_every=3,
+        local_rope_theta=100.0,
+        final_soft_cap=9.0,
+        tie_embeddings=False,
+    ),
+    "mixtral, windowed: experts, unrolled": dataclasses.replace(
+        TINY, activation="swiglu", sliding_window=5, scan_layers=False, moe=MoE(n_experts=4)
+    ),
+}
+SEQ2SEQ = {
+    "t5": dataclasses.replace(
+        TINY,
+        architecture="encoder_decoder",
+        n_encoder_layers=3,
+        n_kv_heads=None,
+        positions="relative",
+        relative_distance=20,
+        attention_scale=1.0,
+        scale_output=True,
+    ),
+    "rope, grouped, unrolled": dataclasses.replace(
+        TINY, architecture="encoder_decoder", scan_layers=False, activation="geglu"
     ),
 }
 PROMPTS = [np.array(p, np.int32) for p in ([7], [1, 2, 3, 4, 5], [9] * 3 + [30, 2, 11, 9, 9, 4])]
@@ -114,6 +144,47 @@ def test_cached_greedy_equals_the_forward_pass_token_by_token(name):
     found = greedy(config, params, PROMPTS, 12)
     assert found == [uncached(config, params, p, 12) for p in PROMPTS]
     assert len(set(np.ravel(found))) > 6  # a model that repeats itself would prove nothing
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_an_encoder_decoder_answers_token_by_token_as_its_forward_pass_does(name):
+    config = SEQ2SEQ[name]
+    params = make_params(config)
+    found = greedy(config, params, PROMPTS, 12)
+    model = jax.jit(
+        lambda params, ids, source: transformer.apply(config, params, ids, source=source)
+    )
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        at = np.arange(16, dtype=np.int32)[None]
+        source = np.zeros((1, 16), np.int32)
+        source[0, : len(prompt)] = prompt
+        source = transformer.Source(source, at, (at < len(prompt)).astype(np.int32))
+        said = np.zeros((1, 16), np.int32)  # each token after those before it, the first after 0
+        said[0, 1:12] = answer[:11]
+        want = np.asarray(model(params, said, source))[0, :12].argmax(-1)
+        assert answer == want.tolist()
+    assert len(set(np.ravel(found))) > 6
+
+
+def test_a_prefix_model_reads_its_prompt_both_ways():
+    config = dataclasses.replace(TINY, prefix_attention=True)
+    params = make_params(config)
+    found = greedy(config, params, PROMPTS, 12)
+    assert found != [uncached(config, params, p, 12) for p in PROMPTS]
+    ids = np.zeros((1, 32), np.int32)
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        ids[0, : len(prompt) + 11] = [*prompt, *answer[:11]]
+        at = np.arange(32, dtype=np.int32)[None]
+        x, _ = transformer.hidden_and_sums(
+            config, params, ids, at, np.ones_like(ids), prefix_bt=at < len(prompt)
+        )
+        logits = np.asarray(transformer.logits(config, params, x))[0]
+        assert answer == logits[len(prompt) - 1 : len(prompt) + 11].argmax(-1).tolist()
+
+
+def test_an_encoder_continues_nothing():
+    with pytest.raises(UserError, match=r"prompts: an encoder .* continues no text"):
+        decode.generate(dataclasses.replace(TINY, architecture="encoder"), {}, PROMPTS, 4, None)
 
 
 def test_a_batch_says_what_each_prompt_says_alone():

@@ -191,7 +191,7 @@ def test_a_finished_folder_is_reused_without_its_sources(corpus, tmp_path):
     watched = DataConfig(sources=corpus.sources, seed=3, max_epochs=9.0, eval_sequences=7)
     assert shards.build(watched, 512, tmp_path / "out") == built
     assert contents(tmp_path / "out") == before
-    with pytest.raises(UserError, match="more than vocab_size=100"):
+    with pytest.raises(UserError, match="more than the 100"):
         shards.build(corpus, 100, tmp_path / "out")
 
 
@@ -418,7 +418,7 @@ def test_what_cannot_be_built_is_refused_and_leaves_no_manifest(corpus, tmp_path
     one = DataConfig(sources=(write_corpus(tmp_path / "one.jsonl", ["a", "a"]),))
     with pytest.raises(UserError, match="one distinct document only"):
         shards.build(one, 256, tmp_path / "out")
-    with pytest.raises(UserError, match="more than vocab_size=255"):
+    with pytest.raises(UserError, match="more than the 255"):
         shards.build(corpus, 255, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
     with pytest.raises(UserError, match="on this machine"):

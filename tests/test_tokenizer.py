@@ -272,10 +272,10 @@ def test_refusals_name_the_field_and_the_numbers(wordpiece, tmp_path):
         return str(e.value)
 
     assert refusal("bytes", 100) == (
-        "model.vocab_size: tokenizer 'bytes' has 256 ids, more than vocab_size=100; "
-        "set it to at least 256"
+        "model.vocab_size: tokenizer 'bytes' has 256 ids, more than the 100 that the model and its"
+        " objective leave to text; raise it by at least 156"
     )
-    assert "has 7 ids, more than vocab_size=6" in refusal(str(wordpiece), 6)
+    assert "has 7 ids, more than the 6" in refusal(str(wordpiece), 6)
     assert "at least 257 ids" in refusal("bpe", 256)
     assert "did you mean 'bytes'?" in refusal("byte", 256)
     assert "cannot read" in refusal("no/tokenizer.json", 256)

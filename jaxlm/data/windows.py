@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     weights: Any  # float32: 0 where the target begins another document, else 1
     segment_ids: Any  # int32: 1, 2, …: which document of this window; attention stays inside one
     positions: Any  # int32: 0, 1, …: since the document's start, or the window's if that is later
+    words: Any = None  # int32: 1 where a token begins a word, if it was asked for
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Dataset:
     seq_len: int
     packing: Packing = "split"
     sources: tuple[str, ...] = ("",)
+    word_starts: np.ndarray | None = None  # int32 [vocab], see `tokenizer.word_starts`
 
     @classmethod
     def open(
@@ -66,17 +68,19 @@ class Dataset:
         split: str,
         seq_len: int,
         packing: Packing = "split",
+        words: bool = False,
     ) -> Dataset:
-        """The 'train' or 'eval' split that `shards.build` made.
+        """The 'train' or 'eval' split that `shards.build` made; batches tell `words` if asked.
 
         Raises UserError if it holds less than one window, JaxlmError if a file is damaged.
         """
         out = Path(directory)
         manifest = shards.read_manifest(out)
         segments = _segments(out, manifest, split)
-        words = tokenizer.load(out / "tokenizer").token_bytes()
+        spoken = tokenizer.load(out / "tokenizer")
+        starts = tokenizer.word_starts(spoken) if words else None
         sources = tuple(manifest.request["sources"])
-        dataset = cls(segments, words, seq_len, packing, sources)
+        dataset = cls(segments, spoken.token_bytes(), seq_len, packing, sources, starts)
         if not len(dataset):
             tokens = getattr(manifest, split).tokens
             raise UserError(
@@ -114,11 +118,16 @@ class Dataset:
         where = np.searchsorted(self.first, flat, side="right") - 1
         kinds = np.unique(where).tolist() or [0]
         leaves = [self.parts[k].read(flat[where == k] - self.first[k]) for k in kinds]
-        batch = leaves[0]
+        batch = leaves[0][:5]
         if len(kinds) > 1:
             order = np.argsort(np.concatenate([np.flatnonzero(where == k) for k in kinds]))
-            batch = Batch(*(np.concatenate(some)[order] for some in zip(*leaves, strict=True)))
-        return Batch(*(leaf.reshape(*np.shape(numbers), self.seq_len) for leaf in batch))
+            batch = [
+                np.concatenate(some)[order] for some in zip(*(x[:5] for x in leaves), strict=True)
+            ]
+        found = Batch(*(leaf.reshape(*np.shape(numbers), self.seq_len) for leaf in batch))
+        if self.word_starts is None:
+            return found
+        return found._replace(words=self.word_starts[found.tokens])
 
 
 def _segments(out: Path, manifest: shards.Manifest, split: str) -> tuple[Segment, ...]:

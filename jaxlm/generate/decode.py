@@ -23,10 +23,11 @@ from jaxlm.generate import sampling as draws
 from jaxlm.generate.sampling import Knobs, Method, Sampling
 from jaxlm.mesh import spec
 from jaxlm.model import transformer
-from jaxlm.model.layers import Cache
+from jaxlm.model.layers import Cache, Memory
 from jaxlm.model.transformer import Params
 from jaxlm.schema import UserError
 from jaxlm.train.loop import Observer
+from jaxlm.train.objectives import START
 
 SLOTS = 16  # the fewest, of prompts and of new tokens
 _NONE = -1  # in place of a token: nothing follows
@@ -59,8 +60,9 @@ def generate(
     `prompts` are int [tokens], of any lengths; the mesh that `params` lie on must be set. Returns
     int32 arrays: `max_new_tokens` tokens, or fewer where `eos_id` came (it is not among them).
     The other arguments are `Sampling`'s: the j-th copy of a prompt is continued in the same way
-    under the same seed, whatever else is in the batch. Rotary models and those without positions
-    may pass `seq_len`, for whatever they say there.
+    under the same seed, whatever else is in the batch. An encoder–decoder reads the prompt and
+    begins anew. Rotary models and those without positions may pass `seq_len`, for whatever they
+    say there.
 
     Raises UserError for a prompt that is empty or holds an id outside the vocabulary, for more
     tokens than learned positions, and for sampling out of range.
@@ -113,6 +115,8 @@ def check(
     where: str = "prompts",
 ) -> None:
     """Raises UserError, one line, for what `generate` cannot continue by `max_new_tokens`."""
+    if prompts and config.architecture == "encoder":
+        raise UserError(f"{where}: an encoder (model.architecture) continues no text")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     for i, prompt in enumerate(prompts):
@@ -126,6 +130,8 @@ def check(
                 f" expected 0 … {config.vocab_size - 1} (model.vocab_size={config.vocab_size})"
             )
         needed = n + max_new_tokens - 1  # the last one is never fed
+        if config.architecture == "encoder_decoder":
+            needed = max(n, max_new_tokens)
         if config.positions == "learned" and needed > config.seq_len:
             raise UserError(
                 f"{name}: {n} tokens and {max_new_tokens} new ones need {needed} positions; this"
@@ -155,8 +161,9 @@ def _decoder(config: ModelConfig, new: int, method: Method, devices: Any) -> Any
     def decode(
         params: Params, prompts: Prompts, limit: jax.Array, eos_id: jax.Array, knobs: Knobs
     ) -> jax.Array:
+        prompts, memory = _begun(config, params, prompts)
         b, t = prompts.tokens_bt.shape
-        cache, segments_bt = _prefill(config, params, prompts, new)
+        cache, segments_bt = _prefill(config, params, prompts, memory, new)
         out_bn = jnp.full((b, new), _NONE, jnp.int32, out_sharding=spec(("batch", None)))
         ones_bn = jnp.ones_like(out_bn)
         segments_bs = jnp.concatenate([segments_bt, ones_bn], axis=1)
@@ -170,7 +177,7 @@ def _decoder(config: ModelConfig, new: int, method: Method, devices: Any) -> Any
             at_b = prompts.lengths_b - 1 + i
             x_btd, cache = transformer.hidden_cached(
                 config, params, last_b[:, None], at_b[:, None], ones_bn[:, :1], segments_bs,
-                t - 1 + i, cache,
+                t - 1 + i, cache, memory,
             )  # fmt: skip
             logits_bv = _last_logits(config, params, x_btd)
             last_b = draws.choose(method, logits_bv, prompts.streams_b2, at_b, knobs)
@@ -189,8 +196,20 @@ def _decoder(config: ModelConfig, new: int, method: Method, devices: Any) -> Any
     return jax.jit(decode)
 
 
+def _begun(config: ModelConfig, params: Params, prompts: Prompts) -> tuple[Prompts, Memory | None]:
+    """What the decoder begins with. In an encoder–decoder a prompt is what the encoder reads, and
+    the decoder begins with one token that means nothing, as in training."""
+    if config.architecture != "encoder_decoder":
+        return prompts, None
+    source = transformer.Source(prompts.tokens_bt, *_left_padded(prompts))
+    memory, _ = transformer.remember(config, params, source)
+    lengths_b = jnp.minimum(prompts.lengths_b, 1)
+    start_b1 = jnp.full_like(prompts.tokens_bt[:, :1], START)
+    return Prompts(start_b1, lengths_b, prompts.streams_b2), memory
+
+
 def _prefill(
-    config: ModelConfig, params: Params, prompts: Prompts, new: int
+    config: ModelConfig, params: Params, prompts: Prompts, memory: Memory | None, new: int
 ) -> tuple[Cache, jax.Array]:
     """Keys and values of the prompts, in [l, b, t + new, g, k], and their segments [b, t]."""
     tokens_bt = prompts.tokens_bt
@@ -200,8 +219,9 @@ def _prefill(
     empty = jnp.zeros(shape, transformer.compute_dtype(config), out_sharding=layout)
     # As many slots as queries: attention then skips the upper triangle. Room comes afterwards.
     _, cache = transformer.hidden_cached(
-        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, (empty, empty)
-    )
+        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, (empty, empty),
+        memory, _prefix(config, segments_bt),
+    )  # fmt: skip
     room = [(0, new if axis == 2 else 0) for axis in range(5)]
     return jax.tree.map(lambda a: jnp.pad(a, room), cache), segments_bt
 
@@ -212,11 +232,21 @@ def _next(config: ModelConfig, k: int, devices: Any) -> Any:
     del devices
 
     def following(params: Params, prompts: Prompts) -> list[jax.Array]:
-        x_btd = transformer.hidden(config, params, prompts.tokens_bt, *_left_padded(prompts))
+        prompts, memory = _begun(config, params, prompts)
+        positions_bt, segments_bt = _left_padded(prompts)
+        x_btd, _ = transformer.hidden_and_sums(
+            config, params, prompts.tokens_bt, positions_bt, segments_bt,
+            memory=memory, prefix_bt=_prefix(config, segments_bt),
+        )  # fmt: skip
         share_bv = jax.nn.softmax(_last_logits(config, params, x_btd))
         return [jax.reshard(a, P(None, None)) for a in jax.lax.top_k(share_bv, k)]
 
     return jax.jit(following)
+
+
+def _prefix(config: ModelConfig, segments_bt: jax.Array) -> jax.Array | None:
+    """Of a model that reads its prompt both ways: the whole prompt."""
+    return segments_bt != 0 if config.prefix_attention else None
 
 
 def _last_logits(config: ModelConfig, params: Params, x_btd: jax.Array) -> jax.Array:

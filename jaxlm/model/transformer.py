@@ -112,17 +112,19 @@ def hidden_and_sums(
     segments_bt: jax.Array,
     *,
     source: Source | None = None,
+    memory: Memory | None = None,
     types_bt: jax.Array | None = None,
     prefix_bt: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
     """As `hidden`, and the means over layers of what they report (`moe.router_sums`).
 
-    `prefix_bt` (bool): tokens that earlier ones of their document see too (a prefix LM). `key`: of
-    dropout, which there is only with one.
+    `memory` is what `remember` made of a source, in its place. `prefix_bt` (bool): tokens that
+    earlier ones of their document see too (a prefix LM). `key`: of dropout, which there is only
+    with one.
     """
     keys = [None] * 2 if key is None else jax.random.split(key)
-    memory, sums = None, Sums()
+    sums = Sums()
     if source is not None:
         memory, sums = remember(config, params, source, keys[1])
     x_btd, _, more = _run(
@@ -157,15 +159,16 @@ def hidden_cached(
     offset: jax.Array | int,
     cache: Cache,
     memory: Memory | None = None,
+    prefix_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k].
 
-    `memory`: of an encoder–decoder, from `remember`. Raises UserError for an own layer that keeps
-    no cache.
+    `memory`: of an encoder–decoder, from `remember`. `prefix_bt`: as in `hidden_and_sums`, where
+    there are as many queries as slots. Raises UserError for an own layer that keeps no cache.
     """
     x_btd, cache_out, _ = _run(
         config, params, tokens_bt, positions_bt, segments_bt, segments_bs, offset, cache,
-        memory=memory,
+        memory=memory, prefix_bt=prefix_bt,
     )  # fmt: skip
     if cache_out is None:
         raise UserError(f"config.model.layer: {config.layer} returns no cache, so cannot generate")

@@ -43,9 +43,7 @@ Say = Callable[[str], None]
 def plan(sweep: Sweep, folder: Path, say: Say, progress: Any = None) -> Plan:
     """Builds the data if needed and lints. Raises UserError."""
     lint(sweep)  # what needs no data fails before data is read
-    manifest = shards.build(
-        sweep.base.data, sweep.base.model.vocab_size, data_dir(sweep, folder), progress
-    )
+    manifest = shards.build(sweep.base.data, sweep.base.text_ids, data_dir(sweep, folder), progress)
     say(
         f"data: {manifest.train.tokens:,} training tokens from {manifest.train.documents:,}"
         f" documents ({', '.join(sorted({o.text_licence for o in manifest.origins}))})"

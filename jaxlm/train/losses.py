@@ -1,4 +1,4 @@
-"""Objectives: pure functions (config, params, batch, key) -> (loss summed over weights, sums).
+"""Losses: pure functions (config, params, batch, key) -> (loss summed over weights, sums).
 
 The train step divides by the batch's total weight, so micro-batches and devices add up exactly.
 `train.objective = 'file.py:function'` brings another one with this signature.
@@ -13,43 +13,46 @@ from jaxlm.config import Config, ModelConfig
 from jaxlm.data.loader import Batch
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
+from jaxlm.train.objectives import Example
 
 Sums = dict[str, jax.Array]
 
 
-def next_token(
-    config: Config, params: Params, batch: Batch, key: jax.Array
+def cross_entropy(
+    config: Config, params: Params, example: Example, key: jax.Array
 ) -> tuple[jax.Array, Sums]:
-    """Cross-entropy of the next token in nats, summed over weights, plus z_loss · log(Z)²."""
-    x_btd, sums = transformer.hidden_and_sums(
-        config.model, params, batch.tokens, batch.positions, batch.segment_ids,
-        key=key if config.model.dropout else None,
-    )  # fmt: skip
-    return summed(config, params, x_btd, sums, batch.targets, batch.weights)
-
-
-def summed(
-    config: Config,
-    params: Params,
-    x_btd: jax.Array,
-    sums: Sums,
-    targets_bt: jax.Array,
-    weights_bt: jax.Array,
-) -> tuple[jax.Array, Sums]:
-    """Cross-entropy and z-loss of final hidden states, and what the layers add to it, summed over
-    weights. `sums` are means, as from `transformer.hidden_and_sums`; they come back as sums."""
-    nll_bt, log_z_bt = token_losses(config.model, params, x_btd, targets_bt)
-    loss = jnp.sum(nll_bt * weights_bt)
+    """Cross-entropy of the targets in nats, summed over weights, plus z_loss · log(Z)², plus the
+    losses of a mixture of experts times the weights' sum. Drops where `model.dropout` says so."""
+    x_btd, sums = hidden(config.model, params, example, key if config.model.dropout else None)
+    nll_bt, log_z_bt = token_losses(config.model, params, x_btd, example.targets)
+    loss = jnp.sum(nll_bt * example.weights)
     if config.train.z_loss:
-        loss = loss + config.train.z_loss * jnp.sum(jnp.square(log_z_bt) * weights_bt)
+        loss = loss + config.train.z_loss * jnp.sum(jnp.square(log_z_bt) * example.weights)
     if not sums:
         return loss, {}
-    total, moe = jnp.sum(weights_bt), config.model.moe
+    total, moe = jnp.sum(example.weights), config.model.moe
     sums = {name: total * value for name, value in sums.items()}
     if moe.n_experts:
         loss = loss + moe.balance_loss * sums["moe/balance"]
         loss = loss + moe.router_z_loss * sums["moe/router_z"]
     return loss, sums
+
+
+def next_token(
+    config: Config, params: Params, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Sums]:
+    """`cross_entropy` of the token after each token."""
+    return cross_entropy(config, params, Example(*batch[:5]), key)
+
+
+def hidden(
+    config: ModelConfig, params: Params, example: Example, key: jax.Array | None = None
+) -> tuple[jax.Array, Sums]:
+    """Final hidden states of an example, and the means of what layers report."""
+    return transformer.hidden_and_sums(
+        config, params, example.tokens, example.positions, example.segment_ids,
+        source=example.source, prefix_bt=example.prefix, key=key,
+    )  # fmt: skip
 
 
 def token_losses(

@@ -23,8 +23,8 @@ from jaxlm.mesh import spec
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
 from jaxlm.pyfile import is_reference, resolve
-from jaxlm.schema import UserError
 from jaxlm.train import losses, optimizer
+from jaxlm.train.objectives import Example, corrupted
 from jaxlm.train.optimizer import Hyper
 
 
@@ -60,14 +60,12 @@ def static(config: Config) -> Config:
 
 
 def objective(config: Config) -> Callable[..., tuple[jax.Array, losses.Sums]]:
+    """(config, params, batch, key) -> (loss summed over weights, sums). Its batch is an Example,
+    or an own objective's the Batch itself."""
     name = config.train.objective
     if is_reference(name):
         return resolve(name, "config.train.objective")
-    if name != "next_token":
-        raise UserError(
-            f"config.train.objective: expected 'next_token' or 'file.py:function', got {name!r}"
-        )
-    return losses.next_token
+    return losses.cross_entropy
 
 
 def init_state(config: Config, hyper: Hyper) -> State:
@@ -80,8 +78,12 @@ def init_state(config: Config, hyper: Hyper) -> State:
 def train_step(config: Config, hyper: Hyper, state: State, batch: Batch) -> tuple[State, Metrics]:
     """One update from one global batch. Loss and gradients are means over token weights."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), state.step)
-    total = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    loss, sums, grads = _gradients(config, state.params, batch, total, key)
+    seen: Batch | Example = batch
+    if not is_reference(config.train.objective):
+        corruption_key, key = jax.random.split(key)
+        seen = corrupted(config, batch, corruption_key)
+    total = jnp.maximum(jnp.sum(seen.weights), 1.0)
+    loss, sums, grads = _gradients(config, state.params, seen, total, key)
     rate = optimizer.learning_rate(config.optimizer, hyper, state.step)
     tx = optimizer.transform(config, hyper.weight_decay, rate)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -96,11 +98,11 @@ def train_step(config: Config, hyper: Hyper, state: State, batch: Batch) -> tupl
 
 
 def _gradients(
-    config: Config, params: Params, batch: Batch, total: jax.Array, key: jax.Array
+    config: Config, params: Params, batch: Batch | Example, total: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, losses.Sums, Params]:
     """Loss, extra sums and gradients, accumulated in float32 over micro-batches."""
 
-    def loss_fn(params: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, losses.Sums]:
+    def loss_fn(params: Params, part: Any, key: jax.Array) -> tuple[jax.Array, losses.Sums]:
         loss, sums = objective(config)(config, params, part, key)
         return loss / total, sums
 
