@@ -8,6 +8,7 @@ import small
 from jaxlm import mesh
 from jaxlm.config import Corruption
 from jaxlm.data import tokenizer
+from jaxlm.data.windows import WordBatch
 from jaxlm.train import losses
 from jaxlm.train.objectives import START, corrupted, noise_mask
 
@@ -29,13 +30,15 @@ def made(objective, model=None, sizes=(1, 1, 1), key=0, words=None, **corruption
     batch = small.batch(config)
     tokens = 1 + np.random.default_rng(key).integers(0, config.text_ids - 1, (ROWS, T + 1))
     tokens = tokens.astype(np.int32)
-    batch = batch._replace(tokens=tokens[:, :-1], targets=tokens[:, 1:], words=words)
+    batch = batch._replace(tokens=tokens[:, :-1], targets=tokens[:, 1:])
     # As the loader has it: a weight is 0 where another document begins, and in rows that fill up.
     last = np.ones((ROWS, 1), bool)
     ends = np.concatenate([np.diff(batch.segment_ids) != 0, ~last], axis=1)
     weights = (~ends).astype(np.float32)
     weights[0] = 0
     batch = batch._replace(weights=weights)
+    if words is not None:
+        batch = WordBatch(*batch, words)
     with small.on_mesh(config):
         placed = mesh.put_batch(batch, jax.sharding.get_mesh())
         run = jax.jit(lambda batch, key: corrupted(config, batch, key))

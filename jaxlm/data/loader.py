@@ -15,7 +15,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.mixture import mixture as make
 from jaxlm.data.shuffle import indices
-from jaxlm.data.windows import Batch, Dataset
+from jaxlm.data.windows import Batch, Dataset, WordBatch
 from jaxlm.schema import UserError
 
 __all__ = ["Batch", "Dataset", "check_epochs", "chunk", "chunks", "eval_batch", "indices"]
@@ -31,7 +31,7 @@ def chunk(
     batch_size: int,
     rows: tuple[int, int] | None = None,
     mixture: Mixture | None = None,
-) -> Batch:
+) -> Batch | WordBatch:
     """The next `steps` global batches of a run that has consumed `position` sequences.
 
     Leaves are [steps, batch_size, t]. With `rows=(lo, hi)` only these rows of each global batch
@@ -65,7 +65,7 @@ def chunks(
     steps_per_chunk: int = 1,
     rows: tuple[int, int] | None = None,
     mixture: Mixture | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[Batch | WordBatch]:
     """`chunk` after `chunk` for the next `steps` steps, read ahead in a thread of grain's.
 
     The last one is shorter if `steps` is no multiple of `steps_per_chunk`.
@@ -93,7 +93,7 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-self.steps // self.steps_per_chunk)
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> Batch | WordBatch:
         done = i * self.steps_per_chunk
         steps = min(self.steps_per_chunk, self.steps - done)
         position = self.position + done * self.batch_size
@@ -102,7 +102,7 @@ class _Chunks:
         )
 
 
-def eval_batch(dataset: Dataset, sequences: int) -> tuple[Batch, np.ndarray]:
+def eval_batch(dataset: Dataset, sequences: int) -> tuple[Batch | WordBatch, np.ndarray]:
     """Evenly spaced windows, the same for every run, and the bytes of text their targets stand for.
 
     Returns a Batch of [sequences, t] and int32 [sequences, t], 0 where the weight is 0. So bits

@@ -38,7 +38,17 @@ class Batch(NamedTuple):
     weights: Any  # float32: 0 where the target begins another document, else 1
     segment_ids: Any  # int32: 1, 2, …: which document of this window; attention stays inside one
     positions: Any  # int32: 0, 1, …: since the document's start, or the window's if that is later
-    words: Any = None  # int32: 1 where a token begins a word, if it was asked for
+
+
+class WordBatch(NamedTuple):
+    """A Batch that also tells where words begin."""
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any
+    positions: Any
+    words: Any  # int32: 1 where a token begins a word
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Dataset:
         packing: Packing = "split",
         words: bool = False,
     ) -> Dataset:
-        """The 'train' or 'eval' split that `shards.build` made; batches tell `words` if asked.
+        """The 'train' or 'eval' split that `shards.build` made. `words`: as WordBatches.
 
         Raises UserError if it holds less than one window, JaxlmError if a file is damaged.
         """
@@ -112,22 +122,20 @@ class Dataset:
             found[segment.source] = range(int(begin), int(self.first[i + 1]))
         return found
 
-    def windows(self, numbers: np.ndarray) -> Batch:
+    def windows(self, numbers: np.ndarray) -> Batch | WordBatch:
         """The windows of these numbers (int, any shape, each below `len`), as [*shape, t]."""
         flat = np.asarray(numbers, np.int64).reshape(-1)
         where = np.searchsorted(self.first, flat, side="right") - 1
         kinds = np.unique(where).tolist() or [0]
         leaves = [self.parts[k].read(flat[where == k] - self.first[k]) for k in kinds]
-        batch = leaves[0][:5]
+        batch = leaves[0]
         if len(kinds) > 1:
             order = np.argsort(np.concatenate([np.flatnonzero(where == k) for k in kinds]))
-            batch = [
-                np.concatenate(some)[order] for some in zip(*(x[:5] for x in leaves), strict=True)
-            ]
+            batch = Batch(*(np.concatenate(some)[order] for some in zip(*leaves, strict=True)))
         found = Batch(*(leaf.reshape(*np.shape(numbers), self.seq_len) for leaf in batch))
         if self.word_starts is None:
             return found
-        return found._replace(words=self.word_starts[found.tokens])
+        return WordBatch(*found, self.word_starts[found.tokens])
 
 
 def _segments(out: Path, manifest: shards.Manifest, split: str) -> tuple[Segment, ...]:

@@ -50,7 +50,7 @@ def objective(config: Config) -> str:
     return OBJECTIVES[config.model.architecture][0] if is_reference(name) else name
 
 
-def total_nats(config: Config, params: Any, batch: Batch) -> tuple[float, float]:
+def total_nats(config: Config, params: Any, batch: Any) -> tuple[float, float]:
     """Σ weights · negative log-likelihood, and Σ weights, of [n, t] sequences; sums in float64.
 
     The weights are those of the examples that the objective makes, with the same key each time.
@@ -66,7 +66,7 @@ def token_nats(config: ModelConfig, params: Any, batch: Batch) -> np.ndarray:
     return nll_nt * weights_nt
 
 
-def _evaluated(config: Config, params: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def _evaluated(config: Config, params: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihoods and weights of the examples, float64 [n, t]."""
     n = batch.tokens.shape[0]
     devices = jax.sharding.get_mesh()

@@ -1,6 +1,6 @@
 """What is to be predicted from what: rows of text, corrupted on the device.
 
-A corruption is a pure function of one row (a Batch whose leaves are [t]) and a key, with static
+A corruption is a pure function of one row of a Batch (its leaves are [t]) and a key, with static
 shapes; `corrupted` maps it over a batch with a key per row, so that neither the mesh nor the way a
 batch is split changes what it draws. The loss of every Example is `losses.cross_entropy`. Special
 ids are counted down from `corruption.top_id` (None: the last id of the vocabulary, and then text is
@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import UL2, UL2_MODES, Config
-from jaxlm.data.loader import Batch
 from jaxlm.mesh import spec
 from jaxlm.model.transformer import Source
 
@@ -35,7 +34,7 @@ class Example(NamedTuple):
     prefix: Any = None  # bool: tokens that earlier ones see too
 
 
-def corrupted(config: Config, batch: Batch, key: jax.Array) -> Example:
+def corrupted(config: Config, batch: Any, key: jax.Array) -> Example:
     """The batch as `train.objective` wants it: what a model reads and has to say."""
     make = CORRUPTIONS[config.train.objective]
     if make is None:
@@ -44,6 +43,13 @@ def corrupted(config: Config, batch: Batch, key: jax.Array) -> Example:
     by_row = jax.vmap(lambda row, key: make(config, row, key))
     layout = spec(("batch",))
     return jax.shard_map(by_row, in_specs=(layout, layout), out_specs=layout)(batch, keys_b)
+
+
+def _real(row: Any) -> jax.Array:
+    """Bool [t]: what is no padding, which is a last document without any weight."""
+    last_t = row.segment_ids == row.segment_ids[-1]
+    empty = jnp.sum(jnp.where(last_t, row.weights, 0.0)) == 0
+    return (row.segment_ids != 0) & ~(last_t & empty)
 
 
 def _special(config: Config, number: Any) -> Any:
@@ -55,7 +61,7 @@ def _special(config: Config, number: Any) -> Any:
 # ---------------------------------------------------------------------------------------- masked LM
 
 
-def masked_lm(config: Config, row: Batch, key: jax.Array) -> Example:
+def masked_lm(config: Config, row: Any, key: jax.Array) -> Example:
     """A share of the tokens is to be told from the rest; of these 80 % become the mask, 10 % any
     token, 10 % stay (Devlin et al. 2019, §3.1). `whole_words`: all tokens of a word, or none."""
     c, t = config.train.corruption, row.tokens.shape[0]
@@ -67,7 +73,7 @@ def masked_lm(config: Config, row: Batch, key: jax.Array) -> Example:
     how_t = jax.random.uniform(how_key, (t,))
     any_t = jax.random.randint(token_key, (t,), 0, config.text_ids)
     other_t = jnp.where(how_t < 0.8, _special(config, 0), jnp.where(how_t < 0.9, any_t, row.tokens))
-    real_t = (row.segment_ids != 0) & (row.weights.sum() > 0)  # rows of weight 0 only fill up
+    real_t = _real(row) & (row.weights.sum() > 0)  # rows of weight 0 only fill up
     return Example(
         tokens=jnp.where(chosen_t, other_t, row.tokens),
         targets=row.tokens,
@@ -80,7 +86,7 @@ def masked_lm(config: Config, row: Batch, key: jax.Array) -> Example:
 # ---------------------------------------------------------------------------------- span corruption
 
 
-def span_corruption(config: Config, row: Batch, key: jax.Array) -> Example:
+def span_corruption(config: Config, row: Any, key: jax.Array) -> Example:
     """Spans of the text are taken out for a sentinel each; the decoder says sentinel and span in
     turn, and a last sentinel (Raffel et al. 2020, §3.1.4). A row is one text, as in T5."""
     noise, spans = config.train.corruption.spans(len(row.tokens))
@@ -88,10 +94,10 @@ def span_corruption(config: Config, row: Batch, key: jax.Array) -> Example:
 
 
 def _without_spans(
-    config: Config, row: Batch, key: jax.Array, noise: Any, spans: Any, mode: Any = None
+    config: Config, row: Any, key: jax.Array, noise: Any, spans: Any, mode: Any = None
 ) -> Example:
     t, length = row.tokens.shape[0], config.model.decoder_len
-    real_t = row.segment_ids != 0  # padding has 0 and is at the end
+    real_t = _real(row)
     out_t = noise_mask(key, t, noise, spans) & real_t
     begins_t = out_t & ~jnp.concatenate([jnp.zeros(1, bool), out_t[:-1]])
     sentinel_t = _special(config, jnp.cumsum(begins_t) - 1)
@@ -110,7 +116,7 @@ def _without_spans(
 
 
 def _to_decoder(
-    row: Batch, source_s: jax.Array, s: jax.Array, target_t: jax.Array, t: jax.Array
+    row: Any, source_s: jax.Array, s: jax.Array, target_t: jax.Array, t: jax.Array
 ) -> Example:
     """An encoder's text of length `s` and what the decoder says, of length `t`; padded arrays."""
     at_s, at_t = jnp.arange(len(source_s)), jnp.arange(len(target_t))
@@ -153,7 +159,7 @@ def _packed(tokens: jax.Array, keep: jax.Array, length: int) -> tuple[jax.Array,
 # -------------------------------------------------------------------------------- prefix LM and UL2
 
 
-def prefix_lm(config: Config, row: Batch, key: jax.Array) -> Example:
+def prefix_lm(config: Config, row: Any, key: jax.Array) -> Example:
     """The text after a place drawn anywhere, from the text before it, which is read both ways (Liu
     et al. 2018; Raffel et al. 2020, §3.2.1): by the encoder, or by a decoder without a mask."""
     t = row.tokens.shape[0]
@@ -163,20 +169,21 @@ def prefix_lm(config: Config, row: Batch, key: jax.Array) -> Example:
     cut = jax.random.randint(key, (), 1, t)
     at = jnp.arange(t)
     weights = row.weights * (at >= cut - 1)
-    return Example(*row[:2], weights, *row[3:5], prefix=at < cut)
+    kept = row.tokens, row.targets, weights, row.segment_ids, row.positions
+    return Example(*kept, prefix=at < cut)
 
 
-def _continued(config: Config, row: Batch, cut: jax.Array, mode: Any = None) -> Example:
+def _continued(config: Config, row: Any, cut: jax.Array, mode: Any = None) -> Example:
     t = row.tokens.shape[0]
     first = jnp.zeros(1, jnp.int32) if mode is None else mode[None]
-    real_t, at = row.segment_ids != 0, jnp.arange(t)
+    real_t, at = _real(row), jnp.arange(t)
     before = jnp.concatenate([jnp.array([mode is not None]), (at < cut) & real_t])
     source, s = _packed(jnp.concatenate([first, row.tokens]), before, t)
     target, n = _packed(row.tokens, (at >= cut) & real_t, config.model.decoder_len)
     return _to_decoder(row, source, s, target, n)
 
 
-def ul2(config: Config, row: Batch, key: jax.Array) -> Example:
+def ul2(config: Config, row: Any, key: jax.Array) -> Example:
     """One of UL2's seven denoisers per row, all alike likely, told by a mode token before it."""
     t, c = row.tokens.shape[0], config.train.corruption
     which_key, key = jax.random.split(key)
@@ -194,14 +201,14 @@ def ul2(config: Config, row: Batch, key: jax.Array) -> Example:
 # ------------------------------------------------------------------------------- fill in the middle
 
 
-def fill_in_the_middle(config: Config, row: Batch, key: jax.Array) -> Example:
+def fill_in_the_middle(config: Config, row: Any, key: jax.Array) -> Example:
     """Each document, or what of it is in the row, becomes PRE prefix SUF suffix MID middle with
     probability `rate`, cut at two places drawn anywhere (Bavarian et al. 2022, §3: "PSM", at the
     level of the context); its end of text stays last, and the row ends where it is full. The loss
     is the next token's."""
     t, at = row.tokens.shape[0], jnp.arange(row.tokens.shape[0])
     which_key, cut_key = jax.random.split(key)
-    padding = row.segment_ids == 0  # at the end; the last of all documents
+    padding = ~_real(row)
     doc_t = jnp.where(padding, t - 1, row.segment_ids - row.segment_ids[0])  # 0, 1, …
     length_d = jnp.zeros(t, jnp.int32).at[doc_t].add(1)
     turned_d = jax.random.uniform(which_key, (t,)) < config.train.corruption.rate
@@ -237,7 +244,7 @@ def fill_in_the_middle(config: Config, row: Batch, key: jax.Array) -> Example:
     )
 
 
-CORRUPTIONS: dict[str, Callable[[Config, Batch, jax.Array], Example] | None] = {
+CORRUPTIONS: dict[str, Callable[[Config, Any, jax.Array], Example] | None] = {
     "next_token": None,
     "masked_lm": masked_lm,
     "span_corruption": span_corruption,
