@@ -9,6 +9,7 @@ from jaxlm import mesh
 from jaxlm.config import Corruption
 from jaxlm.data import tokenizer
 from jaxlm.data.windows import WordBatch
+from jaxlm.data.words import word_starts
 from jaxlm.train import losses
 from jaxlm.train.objectives import START, corrupted, noise_mask
 
@@ -72,13 +73,13 @@ def test_whole_words_are_masked_or_not():
 
 
 def test_words_begin_with_spaces_signs_and_characters(tmp_path):
-    starts = tokenizer.word_starts(tokenizer.Bytes())
+    starts = word_starts(tokenizer.Bytes())
     text = "the cat's café, 日本"
     found = [b for b, s in zip(text.encode(), starts[list(text.encode())], strict=True) if s]
     assert bytes(found).decode(errors="ignore").replace("\ufffd", "") == " ' , "
     assert starts[list("日本".encode())].tolist() == [1, 0, 0, 1, 0, 0]
     bpe = tokenizer.train_bpe(["the cat sat on the mat, the cat"] * 50, 300)
-    starts = tokenizer.word_starts(bpe)
+    starts = word_starts(bpe)
     ids = bpe.encode("x the cats, 日")
     pieces = [bpe.inner.id_to_token(int(i)) for i in ids]
     expected = [int(piece[0] in "Ġ,") for piece in pieces[:-3]]

@@ -128,38 +128,6 @@ def check_vocab(tokenizer: Tokenizer, name: str, vocab_size: int) -> None:
         )
 
 
-_CJK = 0x2E80  # from here on scripts are written without spaces between words
-
-
-def word_starts(tokenizer: Tokenizer) -> np.ndarray:
-    """int32 [vocab_size]: 1 for each id that begins a word, 0 for one that goes on with it.
-
-    A token goes on if it begins with a letter or digit: a space belongs to the word after it, a
-    sign and a character of a script without spaces stand alone. A WordPiece goes on with ##.
-    """
-    # Of a byte: letters, digits and a character's later bytes go on.
-    of_byte = [not ((i < 128 and chr(i).isalnum()) or 128 <= i < 192) for i in range(256)]
-    if not isinstance(tokenizer, Subword):
-        return np.array(of_byte, np.int32)
-    spec = json.loads(tokenizer.inner.to_str())
-    pieces, byte_level = (
-        spec["model"]["type"] == "WordPiece",
-        "ByteLevel" in _types(spec["decoder"]),
-    )
-    # GPT-2 spells the bytes that are no printable sign as the characters from 256 on.
-    spelled = [*range(33), *range(127, 161), 173]
-    starts = np.ones(tokenizer.vocab_size, np.int32)
-    for token, i in tokenizer.inner.get_vocab(with_added_tokens=False).items():
-        first = ord(token[0])
-        if pieces:
-            starts[i] = not token.startswith("##")
-        elif byte_level:
-            starts[i] = of_byte[first if first < 256 else spelled[first - 256]]
-        else:
-            starts[i] = not (token[0].isalnum() and first < _CJK)
-    return starts
-
-
 # ------------------------------------------------------------------------------------------- bytes
 
 

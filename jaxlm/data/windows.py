@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxlm.data import shards, tokenizer
+from jaxlm.data.words import word_starts
 from jaxlm.schema import UserError
 
 Packing = Literal["split", "best_fit"]
@@ -69,7 +70,7 @@ class Dataset:
     seq_len: int
     packing: Packing = "split"
     sources: tuple[str, ...] = ("",)
-    word_starts: np.ndarray | None = None  # int32 [vocab], see `tokenizer.word_starts`
+    word_starts: np.ndarray | None = None  # int32 [vocab], see `words.word_starts`
 
     @classmethod
     def open(
@@ -88,7 +89,7 @@ class Dataset:
         manifest = shards.read_manifest(out)
         segments = _segments(out, manifest, split)
         spoken = tokenizer.load(out / "tokenizer")
-        starts = tokenizer.word_starts(spoken) if words else None
+        starts = word_starts(spoken) if words else None
         sources = tuple(manifest.request["sources"])
         dataset = cls(segments, spoken.token_bytes(), seq_len, packing, sources, starts)
         if not len(dataset):
