@@ -150,6 +150,7 @@ def _flags_fit(values: flags.FlagValues) -> None:
     flags.DEFINE_list("columns", [], "params=…,flops=…,loss=… (or tokens=…)", flag_values=values)
     flags.DEFINE_integer("drop-largest-loss", 0, "points left out", 0, flag_values=values)
     flags.DEFINE_list("approach", ["1", "2", "3"], "which fits", flag_values=values)
+    flags.DEFINE_string("minimum", "parabola", "approach 2: or akima", flag_values=values)
     flags.DEFINE_float("huber-delta", 1e-3, "of approach 3's loss", 0.0, flag_values=values)
     flags.DEFINE_integer("bootstrap", 4000, "resamples", 0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the resamples", flag_values=values)
@@ -311,6 +312,7 @@ def _fit(values: Flags, overrides: list[tuple[str, str]]) -> int:
         values["source"],
         approaches=tuple(parse_literal(a, int, "--approach") for a in values["approach"]),
         drop_largest_loss=values["drop-largest-loss"],
+        minimum=values["minimum"],
         **table,
         **how,
     )

@@ -37,13 +37,15 @@ def fit(
     bootstrap: int = 4000,
     seed: int = 0,
     for_compute: float | None = None,
+    minimum: approach2.Minimum = "parabola",
     progress: Progress | None = None,
 ) -> Json:
     """Approaches 1, 2 and 3 of Hoffmann et al. 2022 on one table of runs.
 
     `curves`: training curves (params, FLOPs, losses[, name]) for approach 1; params as in `points`.
     `bootstrap`: resamples behind every interval, 0 for none. `for_compute`: FLOPs at which to
-    predict. `progress(done, all)` counts approach 3's resamples. The same arguments give the same
+    predict. `minimum`: how approach 2 reads the minimum of a budget (see there).
+    `progress(done, all)` counts approach 3's resamples. The same arguments give the same
     result. Raises UserError on a value out of range.
 
     The dict holds `n`, `dropped` [{name, loss, reason}], `convention` (how N was counted),
@@ -55,6 +57,8 @@ def fit(
     `alpha`, `beta` and `residuals` of ln L, predicted - measured.
     """
     _check(points, approaches, drop_largest_loss, huber_delta, bootstrap, for_compute)
+    if minimum not in ("parabola", "akima"):
+        raise UserError(f"minimum: {minimum!r}; {hint(minimum, ('parabola', 'akima'))}")
     if drop_largest_loss:
         largest = np.argsort(points.loss, kind="stable")[len(points) - drop_largest_loss :]
         points = points.drop(largest, f"one of the {drop_largest_loss} largest losses")
@@ -70,7 +74,7 @@ def fit(
     }
     fits: dict[int, Callable[[np.random.Generator], tuple[Json, dict[str, np.ndarray]]]] = {
         1: lambda rng: approach1.fit([Curve(*c) for c in curves or ()], points, bootstrap, rng),
-        2: lambda rng: approach2.fit(points, bootstrap, rng),
+        2: lambda rng: approach2.fit(points, bootstrap, rng, minimum),
         3: lambda rng: approach3.fit(points, huber_delta, bootstrap, rng, progress),
     }
     draws: dict[str, Any] = {}
