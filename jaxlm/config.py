@@ -232,6 +232,9 @@ class Sweep:
     vary: tuple[tuple[str, tuple[Any, ...]], ...] = doc(
         (), "(('optimizer.learning_rate', (1e-3, 2e-3)), …): each member once per combination"
     )
+    branches: bool = doc(
+        False, "wsd: runs of one size and seed share their constant-rate part (trunk and branches)"
+    )
     sample_prompts: tuple[str, ...] = doc((), "continued by the best model when all is done")
     bootstrap: int = doc(1000, "resamples for the intervals")
     workers: int = doc(0, "processes; 0: one per core on CPU, one elsewhere")

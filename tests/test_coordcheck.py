@@ -49,11 +49,15 @@ def test_completep_is_flat_over_width_and_depth(tmp_path: Path) -> None:
             assert value < 1.5, (direction, quantity)
 
 
-def test_standard_grows_with_width_and_mup_with_depth(tmp_path: Path) -> None:
-    """The controls: the check must be able to fail."""
+def test_standard_grows_with_width(tmp_path: Path) -> None:
+    """The control: the check must be able to fail."""
     found = spread(tmp_path, config(tmp_path, "standard"), (32, 128), ())
     assert found["width"]["update"] > 3
     assert found["width"]["logits"] > coordcheck.FLAT
+
+
+@pytest.mark.slow
+def test_mup_grows_with_depth(tmp_path: Path) -> None:
     found = spread(tmp_path, config(tmp_path, "mup"), (), (2, 8))
     assert found["depth"]["update"] > 1.5
 

@@ -65,7 +65,7 @@ def table(name: str, noise: float = 0.0, seed: int = 0) -> Columns:
     )
 
 
-QUICK = ("broken", "data-constrained", "downstream", "loss-to-loss")
+QUICK = ("broken", "downstream")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,7 @@ def test_what_the_table_cannot_carry_is_refused() -> None:
         form_fit.fit(line, "chinchilla", starts=16)
 
 
+@pytest.mark.slow
 def test_undetermined_parameters_are_said_so() -> None:
     """Hardly any repetition: R_D may be anything, and its profile stays open."""
     data = table("data-constrained", 0.01)

@@ -29,7 +29,7 @@ from jaxlm.data import shards
 from jaxlm.experiment import fingerprint
 from jaxlm.files import plain, read_json, read_jsonl, write_json
 from jaxlm.model.scale import size as model_size
-from jaxlm.scaling import laws, runs
+from jaxlm.scaling import laws, runs, trunk
 from jaxlm.scaling.ladder import Member, holdout, members
 from jaxlm.scaling.lint import Plan, lint
 from jaxlm.scaling.workers import run_members
@@ -55,11 +55,17 @@ def data_dir(sweep: Sweep, folder: Path) -> Path:
     return Path(sweep.base.data.dir) if sweep.base.data.dir else folder / "data"
 
 
+def plan_members(sweep: Sweep) -> tuple[list[Member], list[trunk.Trunk]]:
+    """The members, and the trunks that they branch from where `sweep.branches` asks for some."""
+    planned = members(sweep)
+    return trunk.branched(planned) if sweep.branches else (planned, [])
+
+
 def claim(sweep: Sweep, folder: Path) -> list[Member]:
     """Writes sweep.json, or checks that the folder holds this sweep. Raises UserError."""
     if (folder / "config.json").exists():
         raise UserError(f"--workdir: {folder} holds a run, not a sweep; choose another")
-    planned, path, resolved = members(sweep), folder / "sweep.json", to_dict(sweep)
+    planned, path, resolved = plan_members(sweep)[0], folder / "sweep.json", to_dict(sweep)
     rows = [member_row(m) for m in planned]
     if path.exists():
         old = read_json(path, "sweep")
@@ -105,6 +111,7 @@ def keep(path: Path, body: dict[str, Any]) -> None:
 
 def run_ladder(sweep: Sweep, folder: Path, planned: Sequence[Member], **how: Any) -> None:
     """Trains what is not there yet. Raises JaxlmError when a member could not be finished."""
+    trunk.grow(sweep, folder, plan_members(sweep)[1], data_dir(sweep, folder), **how)
     run_members(sweep, folder, planned, **how)
 
 
@@ -233,6 +240,7 @@ def drop_checkpoints(sweep: Sweep, folder: Path, planned: Sequence[Member]) -> N
     """`sweep.keep_checkpoints`: 'best' keeps the best run's, 'none' none. Rows and plots stay."""
     if sweep.keep_checkpoints == "all":
         return
+    shutil.rmtree(folder / "trunks", ignore_errors=True)
     kept = best(folder) if sweep.keep_checkpoints == "best" else ""
     for member in planned:
         if member.name != kept:

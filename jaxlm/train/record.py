@@ -13,7 +13,7 @@ from jaxlm.model.scale import size
 from jaxlm.schema import from_dict
 
 FORMAT = "jaxlm.record/1"
-Role = Literal["fit", "replicate", "holdout", "single"]
+Role = Literal["fit", "replicate", "holdout", "single", "trunk"]
 
 
 @dataclass(frozen=True)
