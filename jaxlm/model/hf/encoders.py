@@ -43,7 +43,6 @@ _MASKED_ROWS = (
     Row("masked.norm.gain", "cls.predictions.transform.LayerNorm.weight", "d"),
     Row("masked.norm.bias", "cls.predictions.transform.LayerNorm.bias", "d"),
     Row("masked.output_bias", "cls.predictions.bias", "v"),
-    Row("unembedding", "cls.predictions.decoder.weight", "v d"),
 )
 _CLASSIFIER_ROWS = (
     Row("classifier.weight", "classifier.weight", "c d"),
@@ -80,9 +79,9 @@ BERT_MASKED = Family(
             "gelu",
             values=(("gelu", "gelu_exact"), ("gelu_new", "gelu"), ("relu", "relu")),
         ),
-        Key("tie_word_embeddings", "tie_embeddings", True),
     ),
     fixed={
+        "tie_word_embeddings": (True,),
         "position_embedding_type": ("absolute",),
         "is_decoder": (False,),
         "add_cross_attention": (False,),
