@@ -78,7 +78,7 @@ def test_words_begin_with_spaces_signs_and_characters(tmp_path):
     found = [b for b, s in zip(text.encode(), starts[list(text.encode())], strict=True) if s]
     assert bytes(found).decode(errors="ignore").replace("\ufffd", "") == " ' , "
     assert starts[list("日本".encode())].tolist() == [1, 0, 0, 1, 0, 0]
-    bpe = tokenizer.train_bpe(["the cat sat on the mat, the cat"] * 50, 300)
+    bpe = tokenizer.create("bpe", 300, ["the cat sat on the mat, the cat"] * 50)
     starts = word_starts(bpe)
     ids = bpe.encode("x the cats, 日")
     pieces = [bpe.inner.id_to_token(int(i)) for i in ids]
