@@ -44,12 +44,14 @@ def with_jaxlm(sweep: Any, folder: Path) -> dict[str, float]:
     return {"wall_s": time.perf_counter() - began}
 
 
-def plainly(sweep: Any, folder: Path, data: Path) -> dict[str, float]:
+def plainly(sweep: Any, folder: Path, data: Path) -> dict[str, Any]:
+    """Wall time, where it went, and the loss of every member."""
     from jaxlm.scaling.ladder import members
 
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
     env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     parts: dict[str, float] = {"start_s": 0.0, "compile_s": 0.0, "steps_s": 0.0, "eval_s": 0.0}
+    losses = []
     began = time.perf_counter()
     for i, member in enumerate(members(sweep)):
         job = folder / f"{i}.json"
@@ -63,10 +65,11 @@ def plainly(sweep: Any, folder: Path, data: Path) -> dict[str, float]:
         )  # fmt: skip
         row = json.loads(done.stdout.splitlines()[-1])
         row["start_s"] = time.perf_counter() - t0 - sum(row[k] for k in row if k.endswith("_s"))
+        losses.append(row["loss"])
         for name in parts:
             parts[name] += row[name]
         print(f"plain {member.name}: {time.perf_counter() - t0:.1f} s", flush=True)
-    return {"wall_s": time.perf_counter() - began, **parts}
+    return {"wall_s": time.perf_counter() - began, **parts, "losses": losses}
 
 
 def member(job: Path, data: Path) -> None:

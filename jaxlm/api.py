@@ -358,11 +358,14 @@ def fit_laws(
     flops: str = "exact",
     for_compute: float | None = None,
     at: Mapping[str, float] | None = None,
+    base: str | Path | Config | None = None,
+    config_out: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Laws of `scaling.forms` by name, fitted to a table (jaxlm.laws/1); see `columns.read` for
     what chooses the rows, `form_fit.fit` for `options` and the result, `form_use` for what
-    `for_compute` (FLOPs) and `at` (a point, by quantity) add."""
+    `for_compute` (FLOPs) and `at` (a point, by quantity) add. `config_out`: an experiment file to
+    write, that trains the optimum of the first law for `for_compute`, as a shape of `base`."""
     from jaxlm.scaling import columns as tables
     from jaxlm.scaling import form_fit, form_use
     from jaxlm.scaling.frontier import Refusal
@@ -384,7 +387,35 @@ def fit_laws(
             largest = data.values.get("flops")
             law["stops"] = None if largest is None else form_use.stops(law, float(largest.max()))
             found.append(law)
+    if config_out is not None:
+        _write_optimal(found[0], base, Path(config_out), counted, str(source))
     return {"format": "jaxlm.laws/1", "laws": found}
+
+
+def _write_optimal(
+    law: dict[str, Any], base: str | Path | Config | None, path: Path, count: str, source: str
+) -> None:
+    from jaxlm import experiment
+    from jaxlm.scaling import optimal
+
+    best = law.get("for_compute")
+    if not best or best.get("refused"):
+        why = law.get("refused") or (best or {}).get("refused") or "expected --for-compute=FLOPs"
+        raise UserError(f"--config-out: {why}")
+    if base is None:
+        raise UserError("--base: expected an experiment whose model and data are to be scaled")
+    config = base if isinstance(base, Config) else experiment.load(base)
+    if isinstance(config, Sweep):
+        config = config.base
+    chosen = optimal.config_for(config, best["params"], best["tokens"], count)
+    ci = best["params_ci95"]
+    interval = f" (95 %: {ci[0]:.3g} to {ci[1]:.3g})" if ci else ""
+    optimal.write(
+        path, chosen,
+        f"Compute-optimal for {best['flops']:.3g} FLOPs by {law['law']} on {source}:"
+        f" {best['params']:.3g} parameters{interval}, {best['tokens']:.3g} tokens,"
+        f" loss {best['loss']:.4f}.",
+    )  # fmt: skip
 
 
 def compare(

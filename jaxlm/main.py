@@ -162,6 +162,8 @@ def _flags_fit(values: flags.FlagValues) -> None:
     flags.DEFINE_string("flops", "exact", "C: exact or 6nd", flag_values=values)
     flags.DEFINE_list("fix", [], "law: parameters given, E=0,alpha=0.35", flag_values=values)
     flags.DEFINE_list("at", [], "law: a point to predict, tokens=1e12", flag_values=values)
+    flags.DEFINE_string("config-out", None, "law: file to train the optimum", flag_values=values)
+    flags.DEFINE_string("base", None, "experiment that --config-out scales", flag_values=values)
     flags.DEFINE_integer("starts", 300, "law: of the search", 1, flag_values=values)
     flags.DEFINE_string("resample", "runs", "law: runs or residuals", flag_values=values)
     flags.DEFINE_string("residual", None, "law: of the log or the value", flag_values=values)
@@ -335,6 +337,8 @@ def _fit_laws(values: Flags, options: dict[str, Any], out: Any) -> int:
         values["source"],
         values["law"],
         drop_largest=values["drop-largest-loss"],
+        base=values["base"],
+        config_out=values["config-out"],
         **options,
         **numbers,
         **{n: values[n] for n in plain},

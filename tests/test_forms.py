@@ -5,6 +5,7 @@ What share of their intervals covers the truth: docs/results/published.md.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,10 @@ from rich.console import Console
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
-from jaxlm import api
+from jaxlm import api, experiment
+from jaxlm.config import Config, DataConfig, ModelConfig
+from jaxlm.model import scale
+from jaxlm.model_config import MoE
 from jaxlm.report import form_table
 from jaxlm.scaling import columns, form_fit, form_use, robust
 from jaxlm.scaling.columns import Columns
@@ -244,6 +248,34 @@ def test_any_table_by_conditions_and_held_out_rows(tmp_path: Path) -> None:
     Console(file=text, width=160).print(form_table.table(found["laws"]))
     for part in ("L = E + K C^-c", "held out", "doubling the largest compute", "95 % by profile"):
         assert part in text.getvalue(), part
+
+
+def test_the_optimum_becomes_a_file_that_trains_it(tmp_path: Path) -> None:
+    values = table("chinchilla").values
+    names = ("params", "tokens", "loss")
+    points = zip(*(values[k].tolist() for k in names), strict=True)
+    rows = [",".join(map(repr, row)) for row in points]
+    (tmp_path / "runs.csv").write_text("\n".join([",".join(names), *rows]))
+    base = Config(model=ModelConfig(n_heads=2, activation="swiglu", moe=MoE(n_shared_experts=1)),
+                  data=DataConfig(sources=("text/",)))  # fmt: skip
+    path = tmp_path / "best.py"
+    found = api.fit_laws(
+        tmp_path / "runs.csv", ["chinchilla"], bootstrap=20, starts=16, for_compute=1e20,
+        base=base, config_out=path,
+    )  # fmt: skip
+    best = found["laws"][0]["for_compute"]
+    config = experiment.load(path)
+    counts = scale.size(config.model)
+    assert counts.params == pytest.approx(best["params"], rel=0.1)
+    assert config.tokens == pytest.approx(best["tokens"], rel=0.01)
+    assert config.model.head_dim == base.model.head_dim
+    ratio = config.model.d_model / config.model.n_layers
+    assert ratio == pytest.approx(128 / 4, rel=0.3)
+    kept = dataclasses.replace(config, name=base.name, train=base.train, model=base.model)
+    assert kept == base
+    with pytest.raises(UserError, match="--base"):
+        api.fit_laws(tmp_path / "runs.csv", ["chinchilla"], bootstrap=0, starts=16,
+                     for_compute=1e20, config_out=path)  # fmt: skip
 
 
 @pytest.mark.parametrize(
