@@ -3,13 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-parity lint clean
+.PHONY: quickstart test test-data test-slow test-parity lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/jaxlm quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
+
+# Tests of what needs the extras data, ja and sp, in a folder of their own: 1.5 GB.
+test-data: $(VENV)-data/.installed
+	$(VENV)-data/bin/python -m pytest -m "not slow" tests/test_clean.py tests/test_sources.py \
+		tests/test_tokenizer.py tests/test_data_command.py $(ARGS)
+
+$(VENV)-data/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-data
+	$(VENV)-data/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[data,ja,sp]' pytest hypothesis
+	touch $@
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -40,4 +51,4 @@ $(VENV)/.installed-parity: $(VENV)/.installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-data

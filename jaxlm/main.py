@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from jaxlm import experiment as experiments
+from jaxlm import main_data
 from jaxlm.config import Config, Sweep
 from jaxlm.schema import JaxlmError, UserError, describe, hint, parse_literal
 
@@ -433,6 +434,7 @@ VERBS: dict[str, tuple[Verb, Callable[[flags.FlagValues], None], str]] = {
     "quickstart": (_sweep, _flags_quickstart, "a scaling law measured on this machine, in minutes"),
     "train": (_train, _flags_train, "one run from an experiment file"),
     "sweep": (_sweep, _flags_sweep, "a ladder of runs, its fit, prediction and report"),
+    "data": (main_data.data, main_data.define, "build, report, inspect, tokenizer: text to shards"),
     "generate": (_generate, _flags_generate, "text from a trained run"),
     "export": (_export, _flags_export, "a run or checkpoint as a folder for transformers"),
     "fit": (_fit, _flags_fit, "scaling laws from a folder of runs or a CSV"),

@@ -131,6 +131,30 @@ class Lines:
             f" {plan.checkpoint_bytes / 2**20:,.0f} MiB of checkpoints until it is done"
         )
 
+    def tokenizers(self, rows: Sequence[dict[str, Any]]) -> None:
+        """What each tokenizer makes of each language, and of one sentence."""
+        from jaxlm.data.inspect import SENTENCE
+
+        head = (
+            "tokenizer",
+            "ids",
+            "language",
+            "bytes/token",
+            "tokens/character",
+            "unknown",
+            "exact",
+        )
+        self._table(head, [
+            (r["tokenizer"], f"{r['ids']:,}", r["language"], f"{r['bytes_per_token']:.2f}",
+             f"{r['tokens_per_character']:.3f}", f"{r['unknown']:.2%}", f"{r['exact']:.1%}")
+            for r in rows
+        ])  # fmt: skip
+        pieces = {r["tokenizer"]: r["pieces"] for r in rows}
+        self._table(
+            ("tokenizer", "tokens", SENTENCE),
+            [(name, len(p), " ".join(x or "·" for x in p)) for name, p in pieces.items()],
+        )
+
     def _table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table = Table(*head)
         for row in rows:

@@ -146,6 +146,7 @@ def run(
 ) -> None:
     """All stages of cleaning, each on `data.engine`; those that are done are not done again."""
     library("loguru").logger.disable("datatrove")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     at, near = str(folder), data.clean.near_duplicates
     first: list[Any] = [Prepare(folder, files, reading, steps)]
     stages: list[tuple[str, list[Any], int]] = [("cleaning", first, world)]
@@ -161,7 +162,7 @@ def run(
             ("dropping near-duplicates", [DropNear(folder)], world),
         ]
     for i, (name, pipeline, tasks) in enumerate(stages):
-        report(i, len(stages), name)
+        report(0, 0, f"{name} ({i + 1} of {len(stages)})")
         logs = f"{at}/logs/{i}"
         executor: Any = Pool(pipeline, logs, tasks, data.workers)
         if data.engine == "ray":
@@ -169,7 +170,6 @@ def run(
         executor.run()
         if left := executor.get_incomplete_ranks():
             raise JaxlmError(f"data: {name}: {len(left)} of {tasks} tasks failed; see {logs}")
-    report(len(stages), len(stages), "cleaned")
 
 
 def _ray(pipeline: list[Any], logs: str, tasks: int) -> Any:

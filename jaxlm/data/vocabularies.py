@@ -60,12 +60,11 @@ def unigram(texts: Iterable[str], vocab_size: int) -> tuple[Any, str]:
     _need("unigram", vocab_size, 400, "bytes, end of text, ASCII")
     trainer, model = library("sentencepiece", "sp").SentencePieceTrainer, io.BytesIO()
     lines = (line[:8192] for t in texts for line in t.replace("▁", "").splitlines() if line)
-    wanted = vocab_size - 256 - 3  # SentencePiece adds unk, bos, eos of its own
     trainer.train(
         sentence_iterator=lines,
         model_writer=model,
         model_type="unigram",
-        vocab_size=wanted,
+        vocab_size=vocab_size - 256 + 2,  # its own unk, bos, eos; one end
         hard_vocab_limit=False,
         character_coverage=0.9995,
         normalization_rule_name="identity",
@@ -84,6 +83,11 @@ def unigram(texts: Iterable[str], vocab_size: int) -> tuple[Any, str]:
     low = min(scores.values())
     for c in ("\n", "\t", *map(chr, range(32, 127))):
         scores.setdefault(c, low)
+    room = vocab_size - 257 - len(scores)
+    for piece in sorted((p for p in scores if len(p) > 1), key=lambda p: scores[p])[
+        : max(0, -room)
+    ]:
+        del scores[piece]
     vocab = [[EOS, 0.0], *scores.items(), *([b, low - 20.0] for b in _BYTES)]
     spec = _spec({"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True})
     spec["pre_tokenizer"] = {
