@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jaxlm.config import Config, ModelConfig, Shape, Sweep, validate
+from jaxlm.config import Config, ModelConfig, Rung, Shape, Sweep, validate
 from jaxlm.model.scale import size
 from jaxlm.schema import UserError, override
 from jaxlm.train.record import Role
@@ -72,6 +72,30 @@ def _short(flops: float) -> str:
     texts = (f"{flops:.{digits}e}" for digits in range(1, 17))
     mantissa, exponent = next(t for t in texts if float(t) == flops).split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def grid(
+    base: Config,
+    shapes: Sequence[Shape],
+    tokens_per_param: Sequence[float] = (20.0,),
+    tokens: Sequence[float] = (),
+) -> tuple[Rung, ...]:
+    """Rungs of one run each: every shape at so many tokens per effective parameter (one value: a
+    fixed-ratio ladder; several: an over-training grid) and at these tokens in all. For laws of
+    N and D; a parabola needs several sizes in a rung."""
+    rungs = []
+    for shape in shapes:
+        counts = size(sized(base.model, shape))
+        horizons = [ratio * counts.params_effective for ratio in tokens_per_param] + [*tokens]
+        rungs += [Rung(float(f"{d * counts.flops_per_token:.3g}"), (shape,)) for d in horizons]
+    return tuple(sorted(rungs, key=lambda r: r.flops))
+
+
+def dial(depths: Sequence[int], aspect: float, head_dim: int) -> tuple[Shape, ...]:
+    """One shape per depth, `aspect` times as wide, in whole heads."""
+    return tuple(
+        Shape(max(1, round(depth * aspect / head_dim)) * head_dim, depth) for depth in depths
+    )
 
 
 def members(sweep: Sweep) -> list[Member]:

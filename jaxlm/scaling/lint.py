@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from jaxlm.config import Config, Sweep
 from jaxlm.model.scale import size
 from jaxlm.scaling.ladder import Member, candidates, members
 from jaxlm.scaling.runs import FEW_STEPS
 from jaxlm.schema import UserError
+from jaxlm.train.record import RunRecord
 
 CPU_FLOPS_PER_SECOND = 50e9  # two cores at ladder sizes, compilation included
+FAR_OFF = 6.0  # robust standard deviations, beyond which a run is shown as an outlier
 TOKENS_PER_PARAM = 20.0  # Hoffmann et al. 2022: where a budget's minimum is expected
 
 
@@ -112,7 +117,10 @@ def _warnings(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         found.append(f"{len(budgets)} budgets: a law through fewer than 3 cannot be checked")
     if all(rung.replicates < 2 for rung in sweep.rungs):
         found.append("no replicates: the noise floor is unknown, intervals rest on residuals alone")
-    for budget in budgets:
+    is_grid = all(len(rung.shapes) == 1 for rung in sweep.rungs)  # for laws of N and D
+    if is_grid and any(r.budget for r in fitted):
+        found += _degenerate(fitted)
+    for budget in [] if is_grid else budgets:
         sizes = sorted({r.params_effective for r in fitted if r.budget == budget})
         if len(sizes) < 3:
             found.append(f"{budget:.2g} FLOPs: {len(sizes)} sizes cannot bracket a minimum (≥ 3)")
@@ -136,3 +144,54 @@ def _warnings(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         if factor > 10:
             found.append(f"the held-out rung is {factor:.0f} × the largest budget: a far bet")
     return found
+
+
+def _degenerate(rows: Sequence[Row]) -> list[str]:
+    """Of a grid of (N, D): what keeps its two terms from being told apart."""
+    n = {round(math.log(r.params_effective), 1) for r in rows}
+    d = {round(math.log(r.tokens), 1) for r in rows}
+    ratios = {round(math.log(r.tokens / r.params_effective), 1) for r in rows}
+    if len(ratios) == 1:
+        return ["every run has the same tokens per parameter: A and B cannot be told apart"]
+    few = [f"{name} has {len(v)} values" for name, v in (("N", n), ("D", d)) if len(v) < 3]
+    return [f"{' and '.join(few)}: its exponent needs three or more"] if few else []
+
+
+def after(sweep: Sweep, rows: Sequence[RunRecord], fit: dict[str, Any]) -> list[str]:
+    """What the finished ladder shows to be wrong: members that diverged, a varied number whose best
+    value is the smallest or the largest tried, runs far off the law."""
+    found = [f"{r.name} diverged at step {r.steps}" for r in rows if r.status == "diverged"]
+    configs = {m.name: m.config for m in members(sweep)}
+    for field, values in sweep.vary:
+        if len(values) >= 3 and all(isinstance(v, (int, float)) for v in values):
+            found += _at_edge(field, sorted(values), rows, configs)
+    law = fit.get("approach3", {})
+    if "residuals" in law:
+        residuals = np.array(law["residuals"])
+        scale = 1.4826 * float(np.median(np.abs(residuals))) + 1e-12
+        names = fit["points"]["names"]
+        found += [
+            f"{names[i]} lies {residuals[i] / scale:+.0f} times the usual scatter off the law"
+            for i in np.flatnonzero(np.abs(residuals) > FAR_OFF * scale)
+        ]
+    return found
+
+
+def _at_edge(
+    field: str, values: Sequence[float], rows: Sequence[RunRecord], configs: Mapping[str, Config]
+) -> list[str]:
+    best: dict[Any, tuple[float, float]] = {}
+    group, _, key = field.partition(".")
+    for r in rows:
+        if r.loss is None or r.name not in configs:
+            continue
+        at = float(getattr(getattr(configs[r.name], group), key))
+        cell = (r.budget, r.d_model, r.n_layers)
+        best[cell] = min(best.get(cell, (math.inf, at)), (r.loss, at))
+    edge = [cell for cell, (_, at) in best.items() if at in (values[0], values[-1])]
+    if not edge:
+        return []
+    return [
+        f"{field}: the best value is at the edge of those tried in {len(edge)} of {len(best)}"
+        " cells; widen the range"
+    ]

@@ -31,7 +31,7 @@ from jaxlm.files import plain, read_json, read_jsonl, write_json
 from jaxlm.model.scale import size as model_size
 from jaxlm.scaling import laws, runs, trunk
 from jaxlm.scaling.ladder import Member, holdout, members
-from jaxlm.scaling.lint import Plan, lint
+from jaxlm.scaling.lint import Plan, after, lint
 from jaxlm.scaling.workers import run_members
 from jaxlm.schema import JaxlmError, UserError, to_dict
 from jaxlm.train import record
@@ -137,6 +137,7 @@ def fit_ladder(sweep: Sweep, folder: Path, planned: Sequence[Member], say: Say) 
         seed=sweep.seed,
         for_compute=sweep.holdout_flops or None,
     )
+    result["warnings"] += after(sweep, rows, result)
     write_json(path, {**result, "inputs": inputs})
     return read_json(path, "fit")
 
