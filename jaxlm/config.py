@@ -235,6 +235,9 @@ class Sweep:
     branches: bool = doc(
         False, "wsd: runs of one size and seed share their constant-rate part (trunk and branches)"
     )
+    reuse: tuple[str, ...] = doc(
+        (), "folders of runs: one that is the same computation on the same data is copied, not run"
+    )
     sample_prompts: tuple[str, ...] = doc((), "continued by the best model when all is done")
     bootstrap: int = doc(1000, "resamples for the intervals")
     workers: int = doc(0, "processes; 0: one per core on CPU, one elsewhere")

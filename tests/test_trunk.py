@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,18 @@ def test_a_branch_is_bitwise_the_run_alone(tmp_path: Path) -> None:
         rates = [[json.loads(line).get("learning_rate") for line in (f / "metrics.jsonl").open()]
                  for f in (shared, own)]  # fmt: skip
         assert rates[0] == rates[1]
+    again = dataclasses.replace(asked, reuse=(str(folder),), seed=asked.seed)
+    other = tmp_path / "other"
+    (other / "runs").mkdir(parents=True)
+    shutil.copytree(folder / "data", other / "data")
+    members = stages.claim(again, other)
+    stages.run_ladder(again, other, members)  # nothing is left to run
+    for m in members:
+        one, copy = (json.loads((f / "runs" / m.name / "record.json").read_text())
+                     for f in (folder, other))  # fmt: skip
+        assert one == copy
+        assert events(other / "runs" / m.name) == events(folder / "runs" / m.name)
+    assert not (other / "trunks").exists()
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("record.json")}
     stages.run_ladder(asked, folder, planned)
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("record.json")}

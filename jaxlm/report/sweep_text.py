@@ -210,6 +210,12 @@ def methods(sweep: SweepFolder) -> list[str]:
         "6ND of some other N. Losses are in nats per token, on held-out documents, at the end of "
         "the run; bits per byte divide by the bytes of the text.",
     ]
+    if part(sweep.sweep.get("sweep")).get("branches"):
+        text.append(
+            "Runs of one size and seed share their constant-rate part: each is a cool-down branch "
+            "from one trunk (Hägele et al. 2024), and bitwise the run that its own configuration "
+            "describes."
+        )
     if number(data.get("eval_fraction")):
         text.append(
             f"Held-out text: {percent(data['eval_fraction'], 0)} of the documents, chosen by a "

@@ -29,7 +29,7 @@ from jaxlm.data import shards
 from jaxlm.experiment import fingerprint
 from jaxlm.files import plain, read_json, read_jsonl, write_json
 from jaxlm.model.scale import size as model_size
-from jaxlm.scaling import laws, runs, trunk
+from jaxlm.scaling import laws, reuse, runs, trunk
 from jaxlm.scaling.ladder import Member, holdout, members
 from jaxlm.scaling.lint import Plan, after, lint
 from jaxlm.scaling.workers import run_members
@@ -84,7 +84,7 @@ def claim(sweep: Sweep, folder: Path) -> list[Member]:
     return planned
 
 
-_MAY_CHANGE = ("name", "workers", "population", "keep_checkpoints", "sample_prompts")
+_MAY_CHANGE = ("name", "workers", "population", "keep_checkpoints", "sample_prompts", "reuse")
 
 
 def member_row(m: Member) -> dict[str, Any]:
@@ -111,7 +111,10 @@ def keep(path: Path, body: dict[str, Any]) -> None:
 
 def run_ladder(sweep: Sweep, folder: Path, planned: Sequence[Member], **how: Any) -> None:
     """Trains what is not there yet. Raises JaxlmError when a member could not be finished."""
-    trunk.grow(sweep, folder, plan_members(sweep)[1], data_dir(sweep, folder), **how)
+    there = data_dir(sweep, folder)
+    if sweep.reuse:
+        reuse.copy(sweep.reuse, folder, planned, shards.read_manifest(there).fingerprint)
+    trunk.grow(sweep, folder, plan_members(sweep)[1], there, **how)
     run_members(sweep, folder, planned, **how)
 
 
