@@ -6,6 +6,7 @@ that of the input; gradients of parameters are collected in a dict like the para
 """
 
 import numpy as np
+from scipy import special
 
 # ------------------------------------------------------------------------------------- operations
 
@@ -47,29 +48,39 @@ def norm(x, p, grads, centred):
     return y, back
 
 
-def rotary(x, positions, theta):
-    """Su et al. 2021, eq. 13, as a rotation of complex numbers x[i] + √-1 · x[i + k/2]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-2.0 * np.arange(half) / x.shape[-1])
+def rotary(x, positions, theta, share=1.0):
+    """Su et al. 2021, eq. 13, as a rotation of complex numbers x[i] + √-1 · x[i + k/2], of
+    the first `share` of a head."""
+    width = int(x.shape[-1] * share)
+    half = width // 2
+    frequency = theta ** (-2.0 * np.arange(half) / width)
     turn = np.exp(1j * positions[:, :, None, None] * frequency)
 
     def rotated(x, turn):
-        z = (x[..., :half] + 1j * x[..., half:]) * turn
-        return np.concatenate([z.real, z.imag], -1)
+        z = (x[..., :half] + 1j * x[..., half:width]) * turn
+        return np.concatenate([z.real, z.imag, x[..., width:]], -1)
 
     return rotated(x, turn), lambda dy: rotated(dy, turn.conj())
 
 
-def attention(q, k, v, segments):
+def attention(q, k, v, segments, window=None, cap=None, scale=None):
     """Vaswani et al. 2017, eq. 1, row by row and head by head; query head h reads key head
-    h // (heads / kv heads); a query sees no later key and no other document."""
+    h // (heads / kv heads); a query sees no later key, none `window` tokens back or more, and no
+    other document. `cap`: scores s become cap · tanh(s / cap) (Gemma 2)."""
     b, t, heads, width = q.shape
+    scale = width**-0.5 if scale is None else scale
+    back_in_time = np.arange(t)[:, None] - np.arange(t)
+    slope = np.ones((b, heads, t, t))
     group = heads // k.shape[2]
     y, probabilities = np.zeros_like(q), np.zeros((b, heads, t, t))
     for i in range(b):
         allowed = np.tril(segments[i][:, None] == segments[i][None, :])
+        allowed &= back_in_time < (t if window is None else window)
         for h in range(heads):
-            score = q[i, :, h] @ k[i, :, h // group].T / np.sqrt(width)
+            score = q[i, :, h] @ k[i, :, h // group].T * scale
+            if cap is not None:
+                score = cap * np.tanh(score / cap)
+                slope[i, h] = 1 - (score / cap) ** 2
             e = np.where(allowed, np.exp(score - score.max(-1, keepdims=True)), 0.0)
             probabilities[i, h] = e / e.sum(-1, keepdims=True)
             y[i, :, h] = probabilities[i, h] @ v[i, :, h // group]
@@ -80,7 +91,7 @@ def attention(q, k, v, segments):
             for h in range(heads):
                 p, g = probabilities[i, h], h // group
                 dp = dy[i, :, h] @ v[i, :, g].T
-                dscore = p * (dp - (dp * p).sum(-1, keepdims=True)) / np.sqrt(width)
+                dscore = p * (dp - (dp * p).sum(-1, keepdims=True)) * slope[i, h] * scale
                 dq[i, :, h] = dscore @ k[i, :, g]
                 dk[i, :, g] += dscore.T @ q[i, :, h]
                 dv[i, :, g] += p.T @ dy[i, :, h]
@@ -97,6 +108,22 @@ def gelu(x):
     return 0.5 * x * (1 + tanh), lambda dy: dy * slope
 
 
+def gelu_exact(x):
+    """x Φ(x), Hendrycks & Gimpel 2016, §2."""
+    phi = 0.5 * (1 + special.erf(x / np.sqrt(2)))
+    slope = phi + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    return x * phi, lambda dy: dy * slope
+
+
+def relu2(x):
+    """So et al. 2021 (Primer)."""
+    return np.maximum(x, 0) ** 2, lambda dy: dy * 2 * np.maximum(x, 0)
+
+
+def relu(x):
+    return np.maximum(x, 0), lambda dy: dy * (x > 0)
+
+
 def silu(x):
     s = 1 / (1 + np.exp(-x))
     return x * s, lambda dy: dy * (s + x * s * (1 - s))
@@ -105,23 +132,27 @@ def silu(x):
 # -------------------------------------------------------------------------------------- the model
 
 
-def self_attention(m, x, p, grads, positions, segments):
+def self_attention(m, x, p, grads, positions, segments, local=False):
     q, q_back = affine(x, "query", p, grads, bias="query_bias")
     k, k_back = affine(x, "key", p, grads, bias="key_bias")
     v, v_back = affine(x, "value", p, grads, bias="value_bias")
     turns = [q_back], [k_back]
     if m.qk_norm:
         centred = m.norm == "layernorm"
-        q, back = norm(q, p["query_norm"], grads.setdefault("query_norm", {}), centred)
+        over_all = m.qk_norm_over == "projection"
+        q, back = head_norm(q, p, grads, "query_norm", centred, over_all)
         turns[0].append(back)
-        k, back = norm(k, p["key_norm"], grads.setdefault("key_norm", {}), centred)
+        k, back = head_norm(k, p, grads, "key_norm", centred, over_all)
         turns[1].append(back)
     if m.positions == "rope":
-        q, back = rotary(q, positions, m.rope_theta)
+        theta = m.local_rope_theta if local and m.local_rope_theta else m.rope_theta
+        q, back = rotary(q, positions, theta, m.rope_fraction)
         turns[0].append(back)
-        k, back = rotary(k, positions, m.rope_theta)
+        k, back = rotary(k, positions, theta, m.rope_fraction)
         turns[1].append(back)
-    y, attention_back = attention(q, k, v, segments)
+    window = m.sliding_window if local else None
+    cap, scale = m.attention_soft_cap, m.attention_scale
+    y, attention_back = attention(q, k, v, segments, window, cap, scale)
     y, out_back = affine(y, "out", p, grads, n_in=2, bias="out_bias")
 
     def back(dy):
@@ -135,18 +166,28 @@ def self_attention(m, x, p, grads, positions, segments):
     return y, back
 
 
+def head_norm(x, p, grads, name, centred, over_all):
+    """Over each head by itself, or over all of them together (OLMo 2)."""
+    flat_x = x.reshape(*x.shape[:2], -1) if over_all else x
+    y, back = norm(flat_x, p[name], grads.setdefault(name, {}), centred)
+    return y.reshape(x.shape), lambda dy: back(dy.reshape(flat_x.shape)).reshape(x.shape)
+
+
+PLAIN = {"gelu": gelu, "gelu_exact": gelu_exact, "relu": relu, "relu2": relu2}
+
+
 def feed_forward(m, x, p, grads):
     up, up_back = affine(x, "up", p, grads, bias="up_bias")
-    if m.activation == "swiglu":  # Shazeer 2020, eq. 6
+    if m.activation in ("swiglu", "geglu"):  # Shazeer 2020, eq. 6
         gate, gate_back = affine(x, "gate", p, grads)
-        open_, silu_back = silu(gate)
+        open_, silu_back = (silu if m.activation == "swiglu" else gelu)(gate)
         y, down_back = affine(open_ * up, "down", p, grads, bias="down_bias")
 
         def back(dy):
             dh = down_back(dy)
             return up_back(dh * open_) + gate_back(silu_back(dh * up))
     else:
-        h, gelu_back = gelu(up)
+        h, gelu_back = PLAIN[m.activation](up)
         y, down_back = affine(h, "down", p, grads, bias="down_bias")
 
         def back(dy):
@@ -155,35 +196,54 @@ def feed_forward(m, x, p, grads):
     return y, back
 
 
-def residual(x, p, grads, name, centred, f):
-    """x + f(norm(x))."""
-    pre, norm_back = norm(x, p[f"{name}_norm"], grads.setdefault(f"{name}_norm", {}), centred)
+def sub_layer(x, p, grads, name, centred, f):
+    """f between the norms that there are: before it, behind it."""
+
+    def maybe(x, name):
+        if name not in p:
+            return x, lambda dy: dy
+        return norm(x, p[name], grads.setdefault(name, {}), centred)
+
+    pre, norm_back = maybe(x, f"{name}_norm")
     y, back = f(pre, p[name], grads.setdefault(name, {}))
-    return x + y, lambda dy: dy + norm_back(back(dy))
+    y, out_back = maybe(y, f"{name}_out_norm")
+    return y, lambda dy: norm_back(back(out_back(dy)))
 
 
-def block(m, x, p, grads, positions, segments):
+def block(m, x, p, grads, positions, segments, local=False):
+    """x + attention(x), then x + feed_forward(x), or both of the same x (GPT-NeoX)."""
     centred = m.norm == "layernorm"
-    x, attention_back = residual(
+    y, attention_back = sub_layer(
         x, p, grads, "attention", centred,
-        lambda x, p, grads: self_attention(m, x, p, grads, positions, segments),
+        lambda x, p, grads: self_attention(m, x, p, grads, positions, segments, local),
     )  # fmt: skip
-    x, back = residual(
-        x, p, grads, "feed_forward", centred, lambda x, p, grads: feed_forward(m, x, p, grads)
-    )
-    return x, lambda dy: attention_back(back(dy))
+    z, back = sub_layer(
+        x if m.parallel_residual else x + y, p, grads, "feed_forward", centred,
+        lambda x, p, grads: feed_forward(m, x, p, grads),
+    )  # fmt: skip
+
+    def whole_back(dout):
+        if m.parallel_residual:
+            return dout + back(dout) + attention_back(dout)
+        dx = dout + back(dout)
+        return dx + attention_back(dx)
+
+    return x + y + z, whole_back
 
 
 def model(m, params, tokens, positions, segments):
     """Logits [b, t, v], and a function from their gradient to that of the parameters."""
     p = to_float64(params)
     grads, layer_grads = {"norm": {}}, [{} for _ in range(m.n_layers)]
-    x = p["embedding"][tokens]
+    enlarged = m.d_model**0.5 if m.scale_embeddings else 1.0
+    x = enlarged * p["embedding"][tokens]
     if m.positions == "learned":
         x = x + p["positions"][positions]
     backs = []
     for i in range(m.n_layers):
-        x, back = block(m, x, layer(p["layers"], i), layer_grads[i], positions, segments)
+        x, back = block(
+            m, x, layer(p["layers"], i), layer_grads[i], positions, segments, m.local[i]
+        )
         backs.append(back)
     x, norm_back = norm(x, p["norm"], grads["norm"], m.norm == "layernorm")
     out = p["embedding" if m.tie_embeddings else "unembedding"]
@@ -191,13 +251,15 @@ def model(m, params, tokens, positions, segments):
     scale = m.base_d_model / m.d_model if mup else 1.0
 
     def gradients(dlogits):
+        if cap is not None:
+            dlogits = dlogits * (1 - (logits / cap) ** 2)
         d_out = scale * np.einsum("btv,btd->vd", dlogits, x)
         dx = norm_back(scale * dlogits @ out)
         for back in reversed(backs):
             dx = back(dx)
         grads["layers"] = stack(layer_grads)
         grads["embedding"] = np.zeros_like(p["embedding"])
-        np.add.at(grads["embedding"], tokens, dx)
+        np.add.at(grads["embedding"], tokens, enlarged * dx)
         if m.tie_embeddings:
             grads["embedding"] += d_out
         else:
@@ -207,7 +269,10 @@ def model(m, params, tokens, positions, segments):
             np.add.at(grads["positions"], positions, dx)
         return grads
 
-    return scale * x @ out.T, gradients
+    logits, cap = scale * x @ out.T, m.final_soft_cap
+    if cap is not None:
+        logits = cap * np.tanh(logits / cap)
+    return logits, gradients
 
 
 def loss_and_gradients(m, params, batch, z_loss=0.0):

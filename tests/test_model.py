@@ -25,6 +25,23 @@ VARIANTS = {
     },
     "mup tied": {"parametrization": "mup", "base_d_model": 2, "rope_theta": 100.0},
     "mup untied": {"parametrization": "mup", "tie_embeddings": False, "bias": True},
+    "gpt-neox": {
+        "norm": "layernorm", "bias": True, "parallel_residual": True, "rope_fraction": 0.5,
+        "activation": "gelu_exact", "tie_embeddings": False,
+    },
+    "gemma 2": {
+        "norm_placement": "both", "activation": "geglu", "scale_embeddings": True, "n_layers": 3,
+        "sliding_window": 4, "global_every": 2, "attention_soft_cap": 2.0, "final_soft_cap": 5.0,
+        "attention_scale": 0.3,
+    },
+    "gemma 3, unrolled": {
+        "norm_placement": "both", "qk_norm": True, "n_layers": 3, "sliding_window": 4,
+        "global_every": 3, "local_rope_theta": 10.0, "scan_layers": False, "activation": "relu2",
+    },
+    "olmo 2": {
+        "norm_placement": "output", "qk_norm": True, "qk_norm_over": "projection", "n_heads": 4,
+        "n_kv_heads": 2, "activation": "relu", "sliding_window": 3,
+    },
     "several blocks of queries": {"seq_len": 150, "d_model": 4, "n_layers": 1, "d_ff": 4},
 }  # fmt: skip
 
@@ -58,7 +75,10 @@ def test_loss_logits_and_gradients_are_those_of_the_float64_reference(name):
     small.assert_near(grads, want[2])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "layernorm on queries", "mup tied"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "llama", "qwen3", "layernorm on queries", "mup tied", "gpt-neox", "gemma 2", "olmo 2"],
+)
 def test_the_reference_has_the_gradients_of_its_own_loss(name):
     """Central differences of the reference's loss along random directions."""
     config = small.config(VARIANTS[name])
