@@ -54,8 +54,8 @@ def get_sweep() -> Sweep:
         # From 3e11 FLOPs on loss follows a power law here; the sizes keep ≥ 1000 steps each.
         rungs=(
             Rung(3.5e11, sizes(24, 32, 40, 48), replicates=3),
-            Rung(7e11, sizes(32, 40, 48, 64), replicates=2),
-            Rung(1.4e12, sizes(40, 48, 64, 80)),
+            Rung(7e11, sizes(32, 40, 48, 64), replicates=3),
+            Rung(1.4e12, sizes(40, 48, 64, 80), replicates=2),
         ),
         holdout_flops=5.7e12,
         holdout_shapes=sizes(64, 72, 80, 88, 96, 104),

@@ -67,13 +67,15 @@ def train(
 
     Raises UserError; JaxlmError if the run diverged; Stopped after SIGTERM or Ctrl-C (all saved).
     """
-    from jaxlm import job
+    from jaxlm import job, mesh
     from jaxlm.data import shards
     from jaxlm.train import record
     from jaxlm.train.checkpoint import Checkpoints
+    from jaxlm.train.step import check_names
     from jaxlm.train.trackers import need
 
     config = located(config)
+    check_names(config)
     for tracker in config.train.track:
         need(tracker)
     with contextlib.ExitStack() as held:
@@ -83,6 +85,7 @@ def train(
         if row is not None and row.fingerprint == fingerprint(config):
             say(f"{folder}: {row.status} before; nothing is left to do")
         else:
+            mesh.make(config)  # what these devices cannot be is told before any text is read
             data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
             shards.build(config.data, config.text_ids, data_dir, data_progress)
             if stop:

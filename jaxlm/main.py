@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -131,7 +132,8 @@ def _flags_sweep(values: flags.FlagValues) -> None:
 
 def _flags_quickstart(values: flags.FlagValues) -> None:
     _flags_sweep(values)
-    values["config"].value = "experiments/quickstart.py"
+    beside = Path(__file__).resolve().parents[1] / "experiments" / "quickstart.py"
+    values["config"].value = str(beside)  # of the clone that is installed, wherever one stands
     values["workdir"].value = "runs/quickstart"
 
 

@@ -74,7 +74,11 @@ def test_misspelt_things_are_named_with_a_hint(
     assert "no such file" in refused(capsys, "train", "--config=missing.py", workdir)
     assert "use 'jaxlm train'" in refused(capsys, "sweep", config, workdir)
     assert "--workdir" in refused(capsys, "train", config)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    for name in ("optimizer.name=adamv", "optimizer.schedule=wds", "train.objective=next"):
+        assert name.partition("=")[0] in refused(
+            capsys, "train", config, workdir, f"--config.{name}"
+        )
+    assert not (tmp_path / "run" / "data").exists()  # all of it before any text is read
 
 
 def test_an_empty_corpus_is_refused(

@@ -13,7 +13,7 @@ import jax
 import pytest
 from faults import QUICK, command, words
 
-from jaxlm import api, main
+from jaxlm import api, main, pyfile
 from jaxlm import experiment as experiments
 from jaxlm.files import read_json, read_jsonl
 from jaxlm.model.scale import size
@@ -149,6 +149,7 @@ def test_a_sweep_from_one_command_to_its_page(tmp_path, monkeypatch, capsys):
     assert exits(*arguments, "--config.base.train.global_batch_size=16") == 2
     assert "holds another sweep (differs in base)" in capsys.readouterr().err
     path.write_text(path.read_text() + "# changed\n")
+    monkeypatch.setattr(pyfile, "_used", {})  # as in a new process
     assert exits(*arguments) == 2
     assert "differs in the code that it refers to" in capsys.readouterr().err
 

@@ -27,8 +27,10 @@ from jaxlm.scaling.frontier import Refusal
 from jaxlm.scaling.runs import Points
 
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
-MIN_POWER, MAX_POWER = 0.01, 2.0  # bounds of alpha and beta
-_POWERS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.1, 1.5)
+# Bounds of alpha and beta. Published laws have 0.05 to 0.5; a term that falls faster than 1/N dies
+# within a ladder, E takes its place, and the interval of a prediction opens upwards without reason.
+MIN_POWER, MAX_POWER = 0.01, 1.0
+_POWERS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95)
 _OTHER_STARTS = ((0.15, 0.15), (0.2, 0.8), (0.8, 0.2))
 # From so many runs on, the starts of a resample agree and only the best goes on after a few steps.
 _MANY = 100

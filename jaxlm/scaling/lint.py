@@ -15,6 +15,7 @@ from jaxlm.scaling.ladder import Member, candidates, members
 from jaxlm.scaling.runs import FEW_STEPS
 from jaxlm.schema import UserError
 from jaxlm.train.record import RunRecord
+from jaxlm.train.step import check_names
 
 CPU_FLOPS_PER_SECOND = 50e9  # two cores at ladder sizes, compilation included
 FAR_OFF = 6.0  # robust standard deviations, beyond which a run is shown as an outlier
@@ -65,6 +66,8 @@ def lint(sweep: Sweep, train_tokens: int | None = None) -> Plan:
     `data.max_epochs` of them is refused.
     """
     planned, held_out = members(sweep), candidates(sweep)
+    for member in planned:
+        check_names(member.config)
     # Which candidate runs is decided by the prediction, so the data must do for each; they cost
     # the same, and the largest is shown.
     _need_text(sweep, [*planned, *held_out], train_tokens)

@@ -169,6 +169,12 @@ def _any_layout(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformation(tx.init, update)
 
 
+def check_names(config: OptimizerConfig) -> None:
+    """Raises UserError where the optimizer or the schedule does not exist."""
+    _named(config.name, OPTIMIZERS, "config.optimizer.name")
+    _named(config.schedule, SCHEDULES, "config.optimizer.schedule")
+
+
 def _named(name: str, known: dict[str, Any], where: str) -> Any:
     if is_reference(name):
         return resolve(name, where)

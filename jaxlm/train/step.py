@@ -68,6 +68,12 @@ def objective(config: Config) -> Callable[..., tuple[jax.Array, losses.Sums]]:
     return losses.cross_entropy
 
 
+def check_names(config: Config) -> None:
+    """Raises UserError where the objective, optimizer or schedule does not exist."""
+    objective(config)
+    optimizer.check_names(config.optimizer)
+
+
 def init_state(config: Config, hyper: Hyper) -> State:
     """Fresh parameters and optimizer state on the current mesh."""
     params = transformer.init(config.model, jax.random.key(hyper.seed))
