@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -47,6 +48,9 @@ WHOLE = """
 """
 LONG = """
         base=base, rungs=(Rung(1.5e9, shapes[:2]), Rung(1e8, shapes[:1])), workers=2, bootstrap=2,
+"""
+SHORT = """
+        base=base, rungs=(Rung(1e8, shapes[:2]),), workers=1, bootstrap=2, keep_checkpoints="none",
 """
 
 
@@ -152,6 +156,21 @@ def test_a_sweep_from_one_command_to_its_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pyfile, "_used", {})  # as in a new process
     assert exits(*arguments) == 2
     assert "differs in the code that it refers to" in capsys.readouterr().err
+
+
+def test_a_sweep_at_a_url_is_there_for_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sweep = experiments.load(experiment(tmp_path / "mine", SHORT))
+    url = "memory://test_sweep/short"
+    page = api.sweep(sweep, url, say=lambda line: None)
+    text, runs = page.read_bytes(), sorted(p.name for p in page.parent.glob("runs/*"))
+    assert runs == sorted(m.name for m in ladder.members(sweep))
+    assert not list(page.parent.glob("runs/*/checkpoints"))  # "none" are kept
+    shutil.rmtree(page.parent)  # another machine
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is left to do
+    said = []
+    assert api.sweep(sweep, url, say=said.append) == page and page.read_bytes() == text
+    assert [record.read(page.parent / "runs" / n).status for n in runs] == ["finished"] * 2
 
 
 # --------------------------------------------------------------------------------- interruptions
