@@ -19,6 +19,7 @@ __all__ = [
     "fit",
     "from_pretrained",
     "generate",
+    "inspect",
     "report",
     "sweep",
     "train",

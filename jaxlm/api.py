@@ -266,8 +266,9 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        return_full_text=False,
     )
-    return [text[len(prompt) :] for [text], prompt in zip(texts, prompts, strict=True)]
+    return [text for [text] in texts]
 
 
 def from_pretrained(source: str | Path, *, devices: MeshConfig | None = None) -> LanguageModel:
@@ -294,6 +295,15 @@ def _is_ours(folder: Path) -> bool:
     config = folder / "config.json"
     others = config.exists() and "model_type" in config.read_text("utf-8", "replace")
     return folder.is_dir() and not others and not any(folder.glob("*.gguf"))
+
+
+def inspect(source: str | Path, prompt: str, out: str | Path) -> Path:
+    """Writes a page that shows what the model that `from_pretrained(source)` gives makes of
+    `prompt`: its tokens, where each head looks, what may follow. Returns the page's path."""
+    from jaxlm.report.inspect_page import write_inspect_page
+
+    found = from_pretrained(source).inspect(prompt)
+    return write_inspect_page(str(source), prompt, found, Path(out))
 
 
 def export(

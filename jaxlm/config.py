@@ -282,28 +282,9 @@ _RANGES: Ranges = (
 def validate(config: Config, where: str = "config") -> Config:
     """`config`, its types checked and its numbers in range. Raises UserError, one line."""
     config = checked(config, where)
-    m, o, t = config.model, config.optimizer, config.train
-
-    def need(ok: bool, name: str, value: Any, expected: str) -> None:
-        if not ok:
-            raise UserError(f"{where}.{name}: expected {expected}, got {value!r}")
-
-    def divides(name: str, value: int, whole: str, n: int) -> None:
-        near = _nearest_divisor(n, value)
-        need(near == value, name, value, f"a divisor of {whole}={n} (nearest: {near})")
-
-    def in_range(ranges: Ranges, prefix: str) -> None:
-        for expected, ok, names in ranges:
-            for name in names.split():
-                value: Any = functools.reduce(getattr, f"{prefix}{name}".split("."), config)
-                need(value is None or ok(value), f"{prefix}{name}", value, expected)
-
-    in_range(_RANGES, "")
-    in_range(model_config.RANGES, "model.")
-    if m.d_head is None:
-        divides("model.n_heads (d_head is not set)", m.n_heads, "d_model", m.d_model)
-    divides("model.n_kv_heads", m.kv_heads, "n_heads", m.n_heads)
-    model_config.check_model(m, lambda ok, name, *rest: need(ok, f"model.{name}", *rest))
+    o, t, need = config.optimizer, config.train, _needs(where)
+    _in_range(config, _RANGES, need)
+    validate_model(config.model, f"{where}.model")
     need(len(config.data.sources) > 0, "data.sources", (), "at least one source")
     need(
         o.schedule != "wsd" or o.warmup_fraction + o.decay_fraction <= 1 + 1e-9,
@@ -313,7 +294,7 @@ def validate(config: Config, where: str = "config") -> Config:
     )
     _check_objective(config, need)
     whole = t.global_batch_size
-    divides("train.accumulation_steps", t.accumulation_steps, "global_batch_size", whole)
+    _divides("train.accumulation_steps", t.accumulation_steps, "global_batch_size", whole, need)
     k = t.steps_per_dispatch
     for name in ("eval_every", "checkpoint_every"):
         n = getattr(t, name)
@@ -325,6 +306,37 @@ def validate(config: Config, where: str = "config") -> Config:
         known = ("tensorboard", "wandb", "trackio")
         need(name in known, "train.track", name, ", ".join(known))
     return config
+
+
+def validate_model(m: ModelConfig, where: str = "config.model") -> ModelConfig:
+    """What `validate` asks of a model, which need not be trained here. Raises UserError."""
+    m, need = checked(m, where), _needs(where)
+    _in_range(m, model_config.RANGES, need)
+    if m.d_head is None:
+        _divides("n_heads (d_head is not set)", m.n_heads, "d_model", m.d_model, need)
+    _divides("n_kv_heads", m.kv_heads, "n_heads", m.n_heads, need)
+    model_config.check_model(m, need)
+    return m
+
+
+def _needs(where: str) -> model_config.Need:
+    def need(ok: bool, name: str, value: Any, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{where}.{name}: expected {expected}, got {value!r}")
+
+    return need
+
+
+def _in_range(config: Any, ranges: Ranges, need: model_config.Need) -> None:
+    for expected, ok, names in ranges:
+        for name in names.split():
+            value = functools.reduce(getattr, name.split("."), config)
+            need(value is None or ok(value), name, value, expected)
+
+
+def _divides(name: str, value: int, whole: str, n: int, need: model_config.Need) -> None:
+    near = _nearest_divisor(n, value)
+    need(near == value, name, value, f"a divisor of {whole}={n} (nearest: {near})")
 
 
 def _check_objective(config: Config, need: Callable[..., None]) -> None:

@@ -31,6 +31,7 @@ from jaxlm.schema import UserError
 from jaxlm.train.run import read_config
 
 ROWS = 32  # texts at a time
+MOST_INSPECTED = 128  # tokens
 
 
 @dataclass(frozen=True)
@@ -96,22 +97,27 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        return_full_text: bool = True,
     ) -> list[list[str]]:
-        """`num_return_sequences` texts for each prompt, each beginning with the prompt.
+        """`num_return_sequences` texts for each prompt, each beginning with the prompt unless
+        `return_full_text` is false; of an encoder–decoder, what its decoder writes.
 
         A text ends at the end-of-text token, or when it has `max_length` tokens, the prompt's
         counted, or `max_new_tokens` without them (64 where neither is given). `temperature` 0 is
         the most likely token each time; the same `seed` gives the same texts, whatever else is in
-        the batch. Raises UserError for both lengths at once and for a prompt that is `max_length`
-        long already.
+        the batch. Raises UserError for both lengths at once, for a prompt that is `max_length`
+        long already, and for an encoder.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         n = num_return_sequences
         if n < 1:
             raise UserError(f"num_return_sequences: expected at least 1, got {n}")
-        self._need("generate text", "decoder")
-        ids = [self._begun(self.tokenizer.encode(p)) for p in prompts]
-        limits = _limits([len(i) for i in ids], max_new_tokens, max_length)
+        self._need("generate text", "decoder", "encoder_decoder")
+        both = self.config.architecture == "encoder_decoder"
+        encode = self.tokenizer.encode_with_special
+        ids = [encode(p) if both else self._begun(self.tokenizer.encode(p)) for p in prompts]
+        counted = [1 if both else len(i) for i in ids]  # a decoder's start is one token
+        limits = _limits(counted, max_new_tokens, max_length)
         texts: list[list[str]] = [[] for _ in prompts]
         for limit in sorted(set(limits)):
             rows = [i for i, m in enumerate(limits) if m == limit for _ in range(n)]
@@ -121,7 +127,9 @@ class LanguageModel:
                     self.tokenizer.eos_id, temperature, top_k, top_p, seed,
                 )  # fmt: skip
             for i, more in zip(rows, new, strict=True):
-                texts[i].append(prompts[i] + decode.follows(self.tokenizer, ids[i], more))
+                before = ids[i][:0] if both else ids[i]
+                text = decode.follows(self.tokenizer, before, more)
+                texts[i].append(prompts[i] + text if return_full_text and not both else text)
         return texts
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
@@ -163,6 +171,36 @@ class LanguageModel:
             out[rows] = np.asarray(vectors)[: len(rows)]
         return out
 
+    def inspect(self, prompt: str, top: int = 5) -> dict[str, Any]:
+        """What a decoder or encoder makes of a prompt: {"tokens": [{id, text}], "maps": float32
+        [layers, heads, t, t], "next": for each token the `top` most likely tokens after it (an
+        encoder's: in its place) as [text, probability]}, [] for an encoder without that head."""
+        self._need("be inspected", "decoder", "encoder")
+        encoder = self.config.architecture == "encoder"
+        encode = self.tokenizer.encode_with_special
+        ids = encode(prompt) if encoder else self._begun(self.tokenizer.encode(prompt))
+        self._check([ids], "prompt")
+        if len(ids) > MOST_INSPECTED:
+            raise UserError(f"prompt: {len(ids)} tokens; at most {MOST_INSPECTED} fit on a page")
+        with jax.set_mesh(self.mesh):
+            run = _inspected(self.config, self.mesh)
+            maps, logits = run(self.params, *_placed([ids], self.mesh))
+        t = len(ids)
+        none: Any = ()
+        share_tv = none if logits is None else np.asarray(jax.nn.softmax(logits[0, :t]))
+        best = [np.argsort(-row)[:top] for row in share_tv]
+        return {
+            "tokens": [{"id": int(i), "text": self._spelled(int(i))} for i in ids],
+            "maps": np.asarray(maps)[:, 0, :, :t, :t],
+            "next": [
+                [[self._spelled(int(i)), float(row[i])] for i in order]
+                for row, order in zip(share_tv, best, strict=True)
+            ],
+        }
+
+    def _spelled(self, i: int) -> str:
+        return decode.token_text(self.tokenizer, i)
+
     def _begun(self, ids: np.ndarray, otherwise: int | None = None) -> np.ndarray:
         first = otherwise if self.bos_id is None else self.bos_id
         return ids if first is None else np.concatenate([np.array([first], np.int32), ids])
@@ -172,7 +210,8 @@ class LanguageModel:
             raise UserError(f"a model of architecture {self.config.architecture!r} cannot {what}")
 
     def _check(self, ids: Sequence[np.ndarray], where: str) -> None:
-        decode.check(self.config, ids, 1, where)
+        # asked are ids and positions only, and those of an encoder are a decoder's
+        decode.check(replace(self.config, architecture="decoder"), ids, 1, where)
 
 
 def _limits(lengths: list[int], new: int | None, whole: int | None) -> list[int]:
@@ -253,6 +292,20 @@ def _embedded(config: ModelConfig, pooling: Pooling, devices: Any) -> Any:
         if pooling.normalize:
             y_bd = y_bd / jnp.maximum(jnp.linalg.norm(y_bd, axis=-1, keepdims=True), 1e-12)
         return y_bd
+
+    return jax.jit(run)
+
+
+@functools.lru_cache(maxsize=8)
+def _inspected(config: ModelConfig, devices: Any) -> Any:
+    del devices
+
+    def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> tuple[Any, Any]:
+        t = tokens_bt.shape[1]
+        where_bt = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), tokens_bt.shape)
+        x_btd, maps = transformer.attention_maps(config, params, tokens_bt, where_bt, segments_bt)
+        says = config.architecture == "decoder" or config.mlm_head
+        return maps, transformer.logits(config, params, x_btd) if says else None
 
     return jax.jit(run)
 

@@ -199,6 +199,12 @@ def _flags_coordcheck(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", 5, "of training before the sizes are read", 1, flag_values=values)
 
 
+def _flags_inspect(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "a run, a checkpoint or a hub name", flag_values=values)
+    flags.DEFINE_string("prompt", None, "the text to look at", flag_values=values)
+    flags.DEFINE_string("out", "inspect.html", "the page", flag_values=values)
+
+
 def _flags_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the sweep or run", flag_values=values)
 
@@ -406,6 +412,15 @@ def _report(values: Flags, overrides: list[tuple[str, str]]) -> int:
     return 0
 
 
+def _inspect(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import api
+
+    if not values["workdir"] or not values["prompt"]:
+        raise UserError("jaxlm inspect: expected --workdir=RUN and --prompt=TEXT")
+    print(api.inspect(values["workdir"], values["prompt"], values["out"]))
+    return 0
+
+
 def _export(values: Flags, overrides: list[tuple[str, str]]) -> int:
     from jaxlm import api
 
@@ -438,6 +453,7 @@ VERBS: dict[str, tuple[Verb, Callable[[flags.FlagValues], None], str]] = {
     "sweep": (_sweep, _flags_sweep, "a ladder of runs, its fit, prediction and report"),
     "data": (main_data.data, main_data.define, "build, report, inspect, tokenizer: text to shards"),
     "generate": (_generate, _flags_generate, "text from a trained run"),
+    "inspect": (_inspect, _flags_inspect, "a page: where each head looks, what may follow"),
     "export": (_export, _flags_export, "a run or checkpoint as a folder for transformers"),
     "fit": (_fit, _flags_fit, "scaling laws from a folder of runs or a CSV"),
     "compare": (_compare, _flags_compare, "did a change help? paired seeds, as few as decide it"),

@@ -136,6 +136,18 @@ def test_output_is_that_of_transformers(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(many[key], value, rtol=0, atol=3e-7, err_msg=key)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2", "bert_base"])
+def test_attention_maps_are_those_of_transformers(name: str) -> None:
+    checkpoint = load.open_folder(GOLDEN / name)
+    golden = np.load(GOLDEN / name / "output.npz")
+    ids_bt = golden["tokens"]
+    where_bt = np.broadcast_to(np.arange(ids_bt.shape[1], dtype=np.int32), ids_bt.shape)
+    with on(checkpoint.config), small.compiled_quickly():
+        run = jax.jit(transformer.attention_maps, static_argnums=0)
+        _, maps = run(checkpoint.config, load.load(checkpoint), ids_bt, where_bt, where_bt * 0 + 1)
+    assert np.abs(np.asarray(maps) - golden["maps"]).max() <= 1e-5
+
+
 def test_every_family_has_a_golden_model() -> None:
     found = [load.open_folder(GOLDEN / name).family for name in NAMES]
     assert all(family in found for family in FAMILIES)

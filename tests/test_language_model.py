@@ -96,6 +96,34 @@ def test_generate_obeys_every_argument(gpt2, words: tokenizer.Subword) -> None:
             gpt2.generate(prompts[0], **bad)
 
 
+def test_an_encoder_decoder_writes_what_transformers_would(words, tmp_path: Path) -> None:
+    """T5, greedily: each token is the most likely one after the start and those before."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.model import transformer
+
+    t5 = Path(shutil.copytree(GOLDEN / "t5", tmp_path / "t5"))
+    for name, text in pretrained.as_files(words, 32).items():
+        (t5 / name).write_text(text)
+    model = jaxlm.from_pretrained(t5)
+    [[text]] = model.generate("the sea", max_length=6, temperature=0)
+    source = words.encode("the sea")[None]
+    ids = np.zeros((1, 1), np.int32)  # T5's start
+    with jax.set_mesh(model.mesh):
+        where = jnp.arange(source.shape[1])[None]
+        given = transformer.Source(jnp.array(source), where, jnp.ones_like(where))
+        for _ in range(5):
+            out = transformer.apply(model.config, model.params, jnp.array(ids), source=given)
+            best = int(np.asarray(out)[0, -1].argmax())
+            if best == words.eos_id:
+                break
+            ids = np.append(ids, [[best]], axis=1)
+    assert text == words.decode(ids[0, 1:])
+    with pytest.raises(UserError, match="encoder_decoder"):
+        model.score("the sea")
+
+
 def test_score_is_the_sum_of_log_probabilities(gpt2, words: tokenizer.Subword) -> None:
     texts = ["the sky is blue", "a fish", "the sea is wide and the sky is blue and the"]
     scores = gpt2.score(texts)
@@ -155,8 +183,64 @@ def test_nothing_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="code"):
         jaxlm.from_pretrained(tmp_path / "model.bin")
     shutil.copytree(GOLDEN / "gpt2", tmp_path / "wordless")
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(UserError, match="holds none of"):
         jaxlm.from_pretrained(tmp_path / "wordless")
+
+
+# ----------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_says_what_the_logits_say(gpt2, words: tokenizer.Subword) -> None:
+    found = gpt2.inspect("the sky is", top=3)
+    ids = words.encode("the sky is")
+    assert [entry["id"] for entry in found["tokens"]] == ids.tolist()
+    assert "".join(entry["text"] for entry in found["tokens"]) == "the sky is"
+    assert found["maps"].shape == (2, 4, len(ids), len(ids))
+    np.testing.assert_allclose(found["maps"].sum(-1), 1, atol=1e-5)
+    logits = np.asarray(gpt2.logits(ids[None])[0])
+    share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for row, best in zip(share, found["next"], strict=True):
+        assert [p for _, p in best] == pytest.approx(sorted(row.tolist())[:-4:-1], abs=1e-5)
+
+
+def test_the_page_is_safe_and_whole(folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "page.html"
+    nasty = "a <script>alert(1)</script> \"'&amp; b"
+    # the tiny vocabulary spells only letters that it knows, but the prompt itself is shown whole
+    arguments = ("inspect", f"--workdir={folder}", f"--prompt={nasty}", f"--out={out}")
+    assert call(*arguments) == 0 and capsys.readouterr().out.strip() == str(out)
+    page = out.read_text()
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &quot;&#x27;&amp;amp; b" in page
+    assert "default-src &#x27;none&#x27;" in page
+    for layer in range(2):
+        for head in range(4):
+            assert page.count(f'id="map-{layer}-{head}"') == 1
+            assert page.count(f'href="#map-{layer}-{head}"') >= 1
+    assert page.count("data:image/png;base64,") == 2 * 2 * 4  # small and large
+
+
+def test_an_encoder_embeds_and_is_inspected_but_does_not_write(tmp_path: Path) -> None:
+    bert = Path(shutil.copytree(GOLDEN / "bert_base", tmp_path / "bert"))
+    letters = "abcdefghijklmnopqrstuvwxy"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (bert / "vocab.txt").write_text("\n".join(vocab))
+    (bert / "1_Pooling").mkdir()
+    pooling = bert / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (bert / "modules.json").write_text('[{"type": "sentence_transformers.models.Normalize"}]')
+    model = jaxlm.from_pretrained(bert)
+    found = model.inspect("a sky")
+    assert [entry["text"] for entry in found["tokens"]][:1] == ["[CLS]"]
+    assert found["next"] == [] and (found["maps"][:, :, 0] > 0).all()  # looks both ways
+    first = model.embed(["a sky", "the sea is wide"])
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(model.embed("a sky")[0], first[0], atol=1e-6)
+    pooling.write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    assert np.abs(jaxlm.from_pretrained(bert).embed("a sky")[0] - first[0]).max() > 1e-3
+    for call_it in (lambda: model.generate("a"), lambda: model.score("a")):
+        with pytest.raises(UserError, match="encoder"):
+            call_it()
 
 
 # -------------------------------------------------------------------------------------------- GGUF

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.data.tokenizer import Subword, Tokenizer, from_file
+from jaxlm.data.tokenizer import Subword, Tokenizer, byte_letters, from_file
 from jaxlm.files import first_line
 from jaxlm.schema import UserError
 
 
 def from_folder(folder: Path) -> Tokenizer:
-    """tokenizer.json, else GPT-2's vocab.json and merges.txt, else BERT's vocab.txt.
+    """As `tokenizer.from_file`; BERT's vocab.txt with the template that goes with it.
 
     Raises UserError where none is there, or what is there cannot be read.
     """
-    if (folder / "tokenizer.json").exists():
-        return from_file(folder / "tokenizer.json")
-    made: tuple[tuple[tuple[str, ...], Callable[[Path], Any], str], ...] = (
-        (("vocab.json", "merges.txt"), _gpt2, "<|endoftext|>"),
-        (("vocab.txt",), _bert, "[SEP]"),
-    )
-    for names, make, eos in made:
-        if all((folder / name).exists() for name in names):
-            try:
-                return Subword(make(folder), eos)
-            except (OSError, ValueError) as e:
-                raise UserError(f"{folder / names[0]}: cannot be read: {first_line(e)}") from e
-    known = "tokenizer.json, vocab.json with merges.txt, vocab.txt"
-    raise UserError(f"{folder}: no tokenizer in it; looked for {known}")
-
-
-def _gpt2(folder: Path) -> Any:
-    vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    return _byte_level(vocab, pairs, "gpt-2", {"<|endoftext|>": vocab.get("<|endoftext|>")})
+    others = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not (folder / "vocab.txt").exists() or any((folder / name).exists() for name in others):
+        return from_file(folder)
+    try:
+        return Subword(_bert(folder), "[SEP]")
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder / 'vocab.txt'}: cannot be read: {first_line(e)}") from e
 
 
 def _bert(folder: Path) -> Any:
@@ -151,7 +137,10 @@ _NAMES = {
 
 
 def as_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
-    """Name → text of the files from which `transformers` makes the same tokenizer."""
+    """Name → text of the files from which `transformers` makes the same tokenizer; none for kinds
+    that are no tokenizer.json."""
+    if tokenizer.kind not in ("bytes", "subword"):
+        return {}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_len,
@@ -159,10 +148,9 @@ def as_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
     }
     if isinstance(tokenizer, Subword):
         inner = tokenizer.inner
-        known = {
-            k: next((n for n in names if n in special(inner)), None) for k, names in _NAMES.items()
-        }
-        config |= {"eos_token": tokenizer.eos, **{k: v for k, v in known.items() if v}}
+        marked = {t.content for t in inner.get_added_tokens_decoder().values() if t.special}
+        known = {key: [n for n in names if n in marked] for key, names in _NAMES.items()}
+        config |= {"eos_token": tokenizer.eos, **{k: v[0] for k, v in known.items() if v}}
     else:
         inner = _bytes()
     return {
@@ -171,21 +159,12 @@ def as_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
     }
 
 
-def special(inner: Any) -> set[str]:
-    """The special tokens of a `tokenizers.Tokenizer`."""
-    return {t.content for t in inner.get_added_tokens_decoder().values() if t.special}
-
-
 def _bytes() -> Any:
     """Bytes as a byte-level BPE without merges: byte b has the id b."""
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers
 
-    # GPT-2's letters for bytes: printable Latin-1 as itself, the others from U+0100 on, in order.
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in plain]
-    vocab = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-    inner = Inner(models.BPE(vocab, []))
+    inner = Inner(models.BPE(byte_letters(), []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     return inner

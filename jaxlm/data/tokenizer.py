@@ -321,3 +321,10 @@ def _parse(text: str, where: str) -> Any:
         return Inner.from_str(text)
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"data.tokenizer: {where} is not a tokenizer.json: {e}") from e
+
+
+def byte_letters() -> dict[str, int]:
+    """GPT-2's letter of each byte: printable Latin-1 as itself, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}

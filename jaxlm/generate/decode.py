@@ -18,7 +18,7 @@ from jax import P
 
 from jaxlm import mesh
 from jaxlm.config import Config, ModelConfig
-from jaxlm.data.tokenizer import EOS, Tokenizer
+from jaxlm.data.tokenizer import EOS, Subword, Tokenizer, byte_letters
 from jaxlm.generate import sampling as draws
 from jaxlm.generate.sampling import Knobs, Method, Sampling
 from jaxlm.mesh import spec
@@ -342,4 +342,10 @@ def token_text(tokenizer: Tokenizer, i: int) -> str:
         return EOS
     if tokenizer.kind == "bytes" and i < tokenizer.vocab_size:
         return bytes([i]).decode(errors="backslashreplace")
-    return text if text and "\ufffd" not in text else f"<{i}>"
+    if text and "\ufffd" not in text:
+        return text
+    letters = byte_letters()
+    name = tokenizer.inner.id_to_token(i) if isinstance(tokenizer, Subword) else None
+    if name and all(c in letters for c in name):
+        return bytes(letters[c] for c in name).decode(errors="backslashreplace")
+    return f"<{i}>"

@@ -6,6 +6,7 @@ head, k head dim, f d_ff, v vocab, l layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ class Context(NamedTuple):
     bias_hts: jax.Array | None = None  # added to the scores
     memory: Memory | None = None  # what this layer's cross-attention looks at
     key: jax.Array | None = None  # of this layer's dropout; None: nothing is dropped
+    maps: list[jax.Array] | None = None  # each attention adds its weights [b, h, t, s] to the list
 
 
 class Attention(nnx.Module):
@@ -87,12 +89,17 @@ class Attention(nnx.Module):
             k_bsgk = jax.lax.dynamic_update_slice(cache[0], k_bsgk.astype(cache[0].dtype), at)
             v_bsgk = jax.lax.dynamic_update_slice(cache[1], v_bsgk.astype(cache[1].dtype), at)
             cache = (k_bsgk, v_bsgk)
-        y_bthk = attend(
-            q_bthk, k_bsgk, v_bsgk, context.segments_bt, context.segments_bs, context.offset,
-            causal=context.causal, window=context.window, soft_cap=self.soft_cap, scale=self.scale,
-            bias_hts=context.bias_hts, prefix_bs=context.prefix_bs,
-        )  # fmt: skip
-        return self.outputs(y_bthk), cache
+
+        def see(v_bsgk: jax.Array) -> jax.Array:
+            return attend(
+                q_bthk, k_bsgk, v_bsgk, context.segments_bt, context.segments_bs, context.offset,
+                causal=context.causal, window=context.window, soft_cap=self.soft_cap,
+                scale=self.scale, bias_hts=context.bias_hts, prefix_bs=context.prefix_bs,
+            )  # fmt: skip
+
+        if context.maps is not None:
+            context.maps.append(weights_of(see, v_bsgk))
+        return self.outputs(see(v_bsgk)), cache
 
     def across(self, x_btd: jax.Array, segments_bt: jax.Array, memory: Memory) -> jax.Array:
         """Attention to an encoder's tokens of the same segment; positions play no part."""
@@ -130,6 +137,18 @@ class Attention(nnx.Module):
         out_spec = spec(("batch", "seq", None))
         y_btd = jnp.einsum("bthk,hkd->btd", y_bthk, use(self.out, y_bthk), out_sharding=out_spec)
         return y_btd + use(self.out_bias, y_btd) if self.has_bias else y_btd
+
+
+def weights_of(see: Callable[[jax.Array], jax.Array], like_bsgk: jax.Array) -> jax.Array:
+    """The weights [b, h, t, s] of an attention `see(values [b, s, g, k]) -> [b, t, h, k]`: what it
+    makes of the identity's rows as values, as many of its columns at a time as a head is wide."""
+    b, s, g, k = like_bsgk.shape
+    eye_ss = jnp.eye(s, -(-s // k) * k, dtype=like_bsgk.dtype)
+    layout, parts = jax.typeof(like_bsgk).sharding.spec, []
+    for start in range(0, eye_ss.shape[1], k):
+        columns = jnp.broadcast_to(eye_ss[None, :, None, start : start + k], (b, s, g, k))
+        parts.append(see(jax.reshard(columns, layout)))
+    return jnp.concatenate(parts, axis=-1)[..., :s].transpose(0, 2, 1, 3)
 
 
 class FeedForward(nnx.Module):

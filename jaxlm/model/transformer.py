@@ -6,6 +6,7 @@ NNX defines layers (`model.layers`) and is split once, here: params are plain ne
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -134,6 +135,23 @@ def hidden_and_sums(
     return x_btd, {name: (x + sums[name]) / 2 if sums else x for name, x in more.items()}
 
 
+def attention_maps(
+    config: ModelConfig,
+    params: Params,
+    tokens_bt: jax.Array,
+    positions_bt: jax.Array,
+    segments_bt: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """As `hidden`, and what each layer's and head's attention weighs [l, b, h, t, s]; of a decoder
+    or an encoder. For looking at: slow, and quadratic in memory."""
+    config = dataclasses.replace(config, scan_layers=False, remat="none")
+    maps: list[jax.Array] = []
+    x_btd, _, _ = _run(
+        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, None, maps=maps
+    )
+    return x_btd, jnp.stack(maps)
+
+
 def remember(
     config: ModelConfig, params: Params, source: Source, key: jax.Array | None = None
 ) -> tuple[Memory, Sums]:
@@ -245,11 +263,12 @@ def _run(
     types_bt: jax.Array | None = None,
     prefix_bt: jax.Array | None = None,
     key: jax.Array | None = None,
+    maps: list[jax.Array] | None = None,
 ) -> tuple[jax.Array, Cache | None, Sums]:
     model, causal = _model(config, params), config.architecture != "encoder"
     context = Context(
         positions_bt, segments_bt, segments_bs, offset, None, causal=causal, prefix_bs=prefix_bt,
-        memory=memory,
+        memory=memory, maps=maps,
     )  # fmt: skip
     keys = [None] * 2 if key is None else jax.random.split(key)
     x_btd = _embed(config, model, tokens_bt, positions_bt, types_bt, keys[0])

@@ -97,6 +97,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+MAPS = ("gpt2", "mistral", "gemma2", "bert_base")  # whose attention weights are kept too
+
+
 def build(name: str, seed: int = 0) -> Any:
     """The family's model in float32 with random weights, all of them so large that they count."""
     model_class, config_class, values = MODELS[name]
@@ -153,9 +156,12 @@ def main() -> None:
         model, ids = build(name), tokens(0)
         save(name, model, folder)
         with torch.no_grad():
-            np.savez_compressed(
-                folder / "output.npz", tokens=ids, output=output(model, ids).numpy()
-            )
+            arrays = {"tokens": ids, "output": output(model, ids).numpy()}
+            if name in MAPS:
+                given = torch.tensor(ids, dtype=torch.int64)
+                maps = model(given, output_attentions=True).attentions
+                arrays["maps"] = torch.stack(maps).numpy()  # [l, b, h, t, s]
+        np.savez_compressed(folder / "output.npz", **arrays)
     made_by = {"torch": torch.__version__, "transformers": hf.__version__}
     (HERE / "versions.json").write_text(json.dumps(made_by, indent=2) + "\n")
 

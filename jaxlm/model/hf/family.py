@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxlm.config import Config, ModelConfig, validate
+from jaxlm.config import ModelConfig, validate_model
 from jaxlm.model.hf.layout import Layout, Row, layout
 from jaxlm.model.transformer import table
 from jaxlm.schema import UserError, from_dict
@@ -83,7 +83,7 @@ class Family:
             *groups, name = dotted.split(".")
             inner = functools.reduce(lambda node, group: node.setdefault(group, {}), groups, nested)
             inner[name] = value
-        return validate(Config(model=from_dict(ModelConfig, nested, where)), where).model
+        return validate_model(from_dict(ModelConfig, nested, where), where)
 
     def _value(self, key: Key, theirs: Json, where: str) -> Any:
         value = theirs.get(key.theirs, theirs.get(key.older, key.default))
