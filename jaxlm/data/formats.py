@@ -29,7 +29,7 @@ PIECE_BYTES = 128 * 1024
 """A text file above this is a corpus, not a document: it is cut at the ends of lines, so that a
 single large file, too, has something to hold out, and memory stays flat."""
 
-MAX_LINE_BYTES = 64 * 1024**2
+MAX_LINE_BYTES = 32 * 1024**2
 """A longer line of JSON is unusable; nothing longer is ever held in memory."""
 
 MAX_RATIO = 400
