@@ -16,7 +16,7 @@ import jax
 
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig
-from jaxlm.data import loader, shards, tokenizer
+from jaxlm.data import card, loader, shards, tokenizer
 from jaxlm.evaluate import likelihood
 from jaxlm.files import write_bytes
 from jaxlm.generate import decode
@@ -64,7 +64,8 @@ def train(
     """
     cache_compilations()
     data = shards.read_manifest(data_dir)
-    runs = [Run(t.config, t.folder, data.fingerprint, t.role, t.budget) for t in tasks]
+    terms = card.terms(data)
+    runs = [Run(t.config, t.folder, data.fingerprint, t.role, t.budget, terms) for t in tasks]
     with contextlib.ExitStack() as held:
         for run in runs:
             held.enter_context(workdir.lock(run.folder))
@@ -139,6 +140,7 @@ def _seen(dataset: loader.Dataset, mixture: loader.Mixture | None) -> loop.Obser
 def _keep_data_card(folder: Path, data_dir: Path) -> None:
     """What the run read, and its tokenizer, so that the folder tells the whole story alone."""
     write_bytes(folder / "data_manifest.json", (data_dir / "manifest.json").read_bytes())
+    write_bytes(folder / card.CARD, card.text(data_dir).encode())
     for path in (data_dir / "tokenizer").iterdir():
         write_bytes(folder / "tokenizer" / path.name, path.read_bytes())
 

@@ -72,7 +72,10 @@ def test_the_shipped_example_trains_resumes_elsewhere_and_is_read_without_its_fi
     rates = [r["learning_rate"] / small.optimizer.learning_rate for r in rows]
     assert rates == pytest.approx([1, *(1 - np.sqrt(np.arange(19) / 19))], abs=1e-6)
     # The layer has one norm, the optimizer one moment.
-    arrays = read_json(run / "checkpoints" / "20" / "MANIFEST.json", "checkpoint")["arrays"]
+    checkpoint = read_json(run / "checkpoints" / "20" / "MANIFEST.json", "checkpoint")
+    assert sum(checkpoint["meta"]["data"]["licences"].values()) > 0
+    assert "Licences of the text" in (run / "DATA_CARD.md").read_text()
+    arrays = checkpoint["arrays"]
     params = [a for a in arrays if a.startswith("params/layers/")]
     assert sum("norm" in a for a in params) == 1
     moments = [a for a in arrays if a.startswith("opt_state/") and "/mu/" in a]

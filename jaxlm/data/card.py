@@ -25,11 +25,7 @@ def summary(out: Path) -> dict[str, Any]:
         "held_out_documents": manifest.eval.documents,
         "records": manifest.records,
         "dropped": manifest.dropped,
-        "licences": shares(manifest, "text_licence"),
-        "package_licences": shares(manifest, "package_licence"),
-        "languages": shares(manifest, "language"),
-        "sources": shares(manifest, "source"),
-        "dates": dates(manifest),
+        **terms(manifest),
         "tokenizer": manifest.tokenizer,
         "fingerprint": manifest.fingerprint,
         "clean": _clean(out),
@@ -55,8 +51,25 @@ def _clean(out: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
+def terms(manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint says of the data it was trained on."""
+    return {
+        "sources": list(manifest.request["sources"]),
+        "licences": shares(manifest, "text_licence"),
+        "package_licences": shares(manifest, "package_licence"),
+        "languages": shares(manifest, "language"),
+        "dates": dates(manifest),
+    }
+
+
 def write(out: Path) -> Path:
-    """Writes DATA_CARD.md from the manifest; returns its path."""
+    """Writes DATA_CARD.md beside the manifest; returns its path."""
+    write_bytes(out / CARD, text(out).encode())
+    return out / CARD
+
+
+def text(out: Path) -> str:
+    """The card of a folder of shards, in Markdown."""
     found, manifest = summary(out), read_manifest(out)
     lines = [
         "# Data card",
@@ -83,5 +96,4 @@ def write(out: Path) -> Path:
         lines.append(f"| {source} | {manifest.locations.get(source, '')} | {said} |")
     lines += ["", "## Left out", ""]
     lines += [f"- {n:,} {reason}" for reason, n in manifest.dropped.items()] or ["Nothing."]
-    write_bytes(out / CARD, ("\n".join(lines) + "\n").encode())
-    return out / CARD
+    return "\n".join(lines) + "\n"

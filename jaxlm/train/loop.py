@@ -57,6 +57,7 @@ class _Member:
         return {
             "fingerprint": self.run.fingerprint,
             "data_fingerprint": self.run.data_fingerprint,
+            "data": self.run.data_card,
             "position": step * c.train.global_batch_size,
             "losses": self.losses,
             "train_loss": self.train_loss,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Run:
     data_fingerprint: str
     role: record.Role = "single"
     budget: float = 0.0
+    data_card: dict[str, Any] = field(default_factory=dict)  # carried by each checkpoint
 
     def __post_init__(self) -> None:
         self.fingerprint = fingerprint(self.config)
