@@ -9,13 +9,14 @@ from typing import Any
 
 from absl import flags
 
+from jaxlm.commands.common import Command
 from jaxlm.config import Config, DataConfig, Sweep
 from jaxlm.schema import UserError, hint, override
 
 SAMPLE_TEXTS = 200  # of each language, for a comparison of tokenizers
 
 
-def define(values: flags.FlagValues) -> None:
+def _flags_data(values: flags.FlagValues) -> None:
     flags.DEFINE_string("source", "", "", flag_values=values)
     flags.DEFINE_string("other", "", "", flag_values=values)
     flags.DEFINE_string("config", "", "an experiment file", flag_values=values)
@@ -35,7 +36,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("json", False, "speak to machines", flag_values=values)
 
 
-def data(values: dict[str, Any], overrides: list[tuple[str, str]]) -> int:
+def _data(values: dict[str, Any], overrides: list[tuple[str, str]]) -> int:
     actions = {"build": _build, "report": _report, "inspect": _inspect, "tokenizer": _tokenizer}
     action = values["source"]
     if action not in actions:
@@ -161,3 +162,6 @@ def _tokenizer(values: dict[str, Any], overrides: list[tuple[str, str]]) -> int:
     else:
         show.Lines().tokenizers(rows)
     return 0
+
+
+VERBS = {"data": Command(_data, _flags_data, "build, report, inspect, tokenizer: text to shards")}
