@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import reference
 import small
 
 from jaxlm import api
-from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
+from jaxlm.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    validate,
+)
+from jaxlm.data import shards
 from jaxlm.model import scale, transformer
 from jaxlm.model.transformer import Declared
 from jaxlm.scaling import coordcheck
@@ -30,9 +40,13 @@ def config(source: Path, parametrization: str, name: str = "adamw") -> Config:
     )  # fmt: skip
 
 
-def spread(tmp_path: Path, chosen: Config, widths: tuple, depths: tuple) -> dict:
+def corpus(folder: Path) -> None:
     for i in range(20):
-        (tmp_path / f"{i}.txt").write_text(f"document {i}: the sky is blue, the sea is wide. " * 20)
+        (folder / f"{i}.txt").write_text(f"document {i}: the sky is blue, the sea is wide. " * 20)
+
+
+def spread(tmp_path: Path, chosen: Config, widths: tuple, depths: tuple) -> dict:
+    corpus(tmp_path)
     with small.compiled_quickly():
         found = api.coordcheck(
             chosen, tmp_path / "check", widths=widths, depths=depths, steps=4, seeds=1
@@ -42,18 +56,33 @@ def spread(tmp_path: Path, chosen: Config, widths: tuple, depths: tuple) -> dict
     return found["spread"]
 
 
+def test_completep_keeps_its_size_and_standard_does_not(tmp_path: Path) -> None:
+    """4 x the width and 4 x the depth at once; the control must be able to fail."""
+    corpus(tmp_path)
+    small_one = config(tmp_path, "completep")  # at its base, where it is the standard
+    shards.build(small_one.data, small_one.model.vocab_size, tmp_path / "data")
+
+    def grown(to: Config, **shape: int) -> dict:
+        model = dataclasses.replace(to.model, **shape)
+        changed = dataclasses.replace(to, model=model, mesh=MeshConfig(data=1))
+        with small.compiled_quickly():
+            return coordcheck.measure(changed, tmp_path / "data", steps=4)
+
+    base = grown(small_one)
+    large = grown(small_one, d_model=128, n_heads=8, n_layers=8)
+    wide = grown(config(tmp_path, "standard"), d_model=128, n_heads=8)
+    for quantity in coordcheck.QUANTITIES:
+        assert 1 / 1.5 < large[quantity] / base[quantity] < 1.5, quantity
+    assert wide["update"] > 3 * base["update"]
+    assert wide["logits"] > coordcheck.FLAT * base["logits"]
+
+
+@pytest.mark.slow
 def test_completep_is_flat_over_width_and_depth(tmp_path: Path) -> None:
     found = spread(tmp_path, config(tmp_path, "completep"), (32, 128), (2, 8))
     for direction in ("width", "depth"):
         for quantity, value in found[direction].items():
             assert value < 1.5, (direction, quantity)
-
-
-def test_standard_grows_with_width(tmp_path: Path) -> None:
-    """The control: the check must be able to fail."""
-    found = spread(tmp_path, config(tmp_path, "standard"), (32, 128), ())
-    assert found["width"]["update"] > 3
-    assert found["width"]["logits"] > coordcheck.FLAT
 
 
 @pytest.mark.slow

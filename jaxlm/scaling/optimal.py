@@ -23,21 +23,26 @@ def config_for(base: Config, params: float, tokens: float, count: str = "all") -
     of width to depth. Raises UserError where no shape of these comes within 10 %."""
     m, field = base.model, COUNTS[count]
     aspect = m.d_model / m.n_layers
-    found: list[tuple[float, Shape]] = []
-    for layers in range(1, _MOST_LAYERS + 1):
-        width = max(1, round(layers * aspect / m.head_dim)) * m.head_dim
-        for d in {max(m.head_dim, width + step * m.head_dim) for step in (-1, 0, 1)}:
-            model = sized(m, Shape(d, layers), "base")
-            off = abs(math.log(getattr(size(model), field) / params))
-            found.append((off + 0.05 * abs(math.log(d / layers / aspect)), Shape(d, layers)))
-        if getattr(size(sized(m, Shape(width, layers), "base")), field) > 4 * params:
-            break
-    model = sized(m, min(found, key=lambda f: f[0])[1], "base")
-    off = getattr(size(model), field) / params - 1
-    if abs(off) > 0.1:
+
+    def at(layers: int, heads_more: int = 0) -> Any:
+        heads = max(1, round(layers * aspect / m.head_dim) + heads_more)
+        return sized(m, Shape(heads * m.head_dim, layers), "base")
+
+    def off(model: Any) -> float:
+        return abs(math.log(getattr(size(model), field) / params))
+
+    low, high = 1, _MOST_LAYERS
+    while low < high:  # the fewest layers that hold as many parameters
+        middle = (low + high) // 2
+        low, high = (low, middle) if getattr(size(at(middle)), field) >= params else (
+            middle + 1, high)  # fmt: skip
+    near = [at(max(1, n), more) for n in (low - 1, low) for more in (-1, 0, 1)]
+    model = min(near, key=off)
+    wrong = getattr(size(model), field) / params - 1
+    if abs(wrong) > 0.1:
         raise UserError(
             f"--base: no width and depth in its proportions come within 10 % of {params:.3g}"
-            f" parameters (nearest: {off:+.0%}); choose another base"
+            f" parameters (nearest: {wrong:+.0%}); choose another base"
         )
     batch = base.train.global_batch_size * model.seq_len
     k = base.train.steps_per_dispatch
