@@ -40,8 +40,8 @@ class Free:
 class Form:
     """One law. `anchors`: terms that stand for `terms` where those need the coefficients
     themselves. `asymptotes`: coefficients of constant terms, which the target never falls below.
-    `derived`: further quantities from the natural parameters. `moves`: the column by which "when
-    does more stop helping" is asked, for laws of one variable."""
+    `signs` of the terms, where they are not all positive. `derived`: further quantities from the
+    natural parameters."""
 
     name: str
     formula: str
