@@ -1,0 +1,28 @@
+"""The Python and notebook face: `jaxlm.train(config)`, `jaxlm.sweep(sweep)`, `jaxlm.fit(source)`.
+
+The command line calls the same functions; what they do can be told from the folders they leave.
+"""
+
+from __future__ import annotations
+
+from jaxlm.api.laws import compare, coordcheck, fit, fit_laws, plot_fit
+from jaxlm.api.runs import banner, plan, report, summary, sweep, train
+from jaxlm.api.weights import export, from_pretrained, generate, inspect
+
+__all__ = [
+    "banner",
+    "compare",
+    "coordcheck",
+    "export",
+    "fit",
+    "fit_laws",
+    "from_pretrained",
+    "generate",
+    "inspect",
+    "plan",
+    "plot_fit",
+    "report",
+    "summary",
+    "sweep",
+    "train",
+]

@@ -1,0 +1,102 @@
+"""Models to use, ours and others': `from_pretrained`, `generate`, `export`, `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlm.api.places import folder_of
+from jaxlm.config import MeshConfig
+from jaxlm.schema import JaxlmError
+
+if TYPE_CHECKING:
+    from jaxlm.language_model import LanguageModel
+
+
+def generate(
+    workdir: str | Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Continuations of `prompts` by what `from_pretrained(workdir)` gives."""
+    texts = from_pretrained(workdir).generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        return_full_text=False,
+    )
+    return [text for [text] in texts]
+
+
+def from_pretrained(source: str | Path, *, devices: MeshConfig | None = None) -> LanguageModel:
+    """A model to use: a Hugging Face folder, a .gguf file, a run's or sweep's workdir (its best
+    run), or else a name on the Hugging Face hub, which is fetched.
+
+    It lies on one device (a run on its own mesh) unless `devices` names sizes of mesh axes, over
+    all of them. Raises UserError for what is not there, damaged, or not computed by these layers.
+    """
+    from jaxlm import job, language_model
+    from jaxlm.scaling import sweep as stages
+
+    job.cache_compilations()
+    if "://" not in str(source) and not _is_ours(Path(source)):
+        return language_model.of_checkpoint(source, devices)
+    with folder_of(source) as folder:
+        if (folder / "sweep.json").exists():
+            folder = folder / "runs" / stages.best(folder)
+        return language_model.of_run(folder, devices)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run or a sweep lies there, finished or not."""
+    config = folder / "config.json"
+    others = config.exists() and "model_type" in config.read_text("utf-8", "replace")
+    return folder.is_dir() and not others and not any(folder.glob("*.gguf"))
+
+
+def inspect(source: str | Path, prompt: str, out: str | Path) -> Path:
+    """Writes a page that shows what the model that `from_pretrained(source)` gives makes of
+    `prompt`: its tokens, where each head looks, what may follow. Returns the page's path."""
+    from jaxlm.report.inspect_page import write_inspect_page
+
+    found = from_pretrained(source).inspect(prompt)
+    return write_inspect_page(str(source), prompt, found, Path(out))
+
+
+def export(
+    source: str | Path, out: str | Path, *, dtype: str = "float32", verify: bool = False
+) -> dict[str, Any]:
+    """Writes what `from_pretrained(source)` gives as a folder that `transformers` loads.
+
+    Returns its `model_type` and, with `verify`, the largest |Δlogit| of the folder read back, by
+    jaxlm and by transformers (None where it is not installed). Raises UserError; JaxlmError where
+    logits differ by more than 1e-3 (float32 only).
+    """
+    import jax
+
+    from jaxlm import language_model
+    from jaxlm.model.hf.verify import differences
+
+    model = from_pretrained(source)
+    family = language_model.export(model, Path(out), dtype=dtype)
+    found: dict[str, Any] = {
+        "format": "jaxlm.export/1",
+        "out": str(out),
+        "family": family.model_type,
+    }
+    if verify:
+        with jax.set_mesh(model.mesh):
+            found["verified"] = differences(model.config, model.params, Path(out))
+        worst = max(d for d in found["verified"].values() if d is not None)
+        if dtype == "float32" and not worst <= 1e-3:
+            raise JaxlmError(f"{out}: logits differ by {worst:.2g} after export")
+    return found
