@@ -14,6 +14,7 @@ from flax import nnx
 from jaxlm import mesh
 from jaxlm.config import ModelConfig
 from jaxlm.model import presets, scale, transformer
+from jaxlm.model.attention import attend
 from jaxlm.model.moe import Experts
 from jaxlm.model_config import MoE
 from jaxlm.train.optimizer import hyper
@@ -127,6 +128,41 @@ def test_the_gradient_of_experts_is_the_dense_one(monkeypatch):
 
             found.append(jax.device_get(jax.jit(jax.grad(loss))(params)))
     small.assert_near(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    "implementation, asked",
+    [
+        ("splash", {"window": 20, "soft_cap": 3.0}), ("splash", {"causal": False}),
+        ("dot_product", {"window": 20}), ("dot_product", {"causal": False}),
+    ],
+)  # fmt: skip
+def test_every_implementation_of_attention_is_attention(implementation, asked):
+    """Values and gradients; splash interpreted."""
+    rng, (b, t, h, g, k) = np.random.default_rng(0), (2, 128, 4, 2, 8)
+    q, key, value, dy = (
+        rng.normal(size=(b, t, heads, k)).astype(np.float32) for heads in (h, g, g, h)
+    )
+    segments = np.cumsum(rng.random((b, t)) < 0.03, axis=-1).astype(np.int32)
+    sizes = (2, 1, 2)
+    with small.on_mesh(small.config({"n_heads": 2}, sizes=sizes)):
+        heads = jax.NamedSharding(
+            jax.sharding.get_mesh(), mesh.spec(("batch", None, "heads", None))
+        )
+        q, key, value, dy = (jax.device_put(x, heads) for x in (q, key, value, dy))
+        segments = mesh.put_batch(segments, jax.sharding.get_mesh())
+
+        def run(implementation):
+            def f(q, key, value):
+                return attend(
+                    q, key, value, segments, segments, implementation=implementation, **asked
+                )
+
+            y, back = jax.jit(lambda *x: jax.vjp(f, *x))(q, key, value)
+            return [y, *jax.jit(lambda back, dy: back(dy))(back, dy)]
+
+        for mine, want in zip(run(implementation), run("blocks"), strict=True):
+            assert np.abs(np.asarray(mine) - np.asarray(want)).max() < 2e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.mesh import spec
+from jaxlm.model import kernels
 
 NEGATIVE = -1e30  # finite: a row without any allowed key must not become NaN
 
@@ -27,6 +28,7 @@ def attend(
     bias_hts: jax.Array | None = None,
     prefix_bs: jax.Array | None = None,
     block: int = 128,
+    implementation: Literal["auto", "blocks", "dot_product", "splash"] = "auto",
 ) -> jax.Array:
     """Softmax attention [b, t, h, k] within documents: `segments` of query and key are equal.
 
@@ -35,8 +37,9 @@ def attend(
     scores, 1/√k unless given. `bias_hts` is added to them. `prefix_bs` (bool): keys that earlier
     queries see too. Scores and softmax are float32.
 
-    Causal queries go in blocks, each against the keys up to its end, so that most of the upper
-    triangle is never computed.
+    `implementation`: "blocks", whose causal queries go in blocks, each against the keys up to its
+    end, so that most of the upper triangle is never computed; or one of `kernels`. "auto" takes
+    splash on a TPU and dot_product on a GPU where they can do what is asked, else blocks.
     """
     b, t, h, k = q_bthk.shape
     s, g = k_bsgk.shape[1], k_bsgk.shape[2]
@@ -48,7 +51,17 @@ def attend(
     k_bgsk, v_bgsk = k_bsgk.transpose(0, 2, 1, 3), v_bsgk.transpose(0, 2, 1, 3)
     itself = isinstance(offset, int) and offset == 0 and s == t  # every query sees its own key
     masks = []
-    in_blocks = causal and itself and prefix_bs is None
+    if implementation == "auto":
+        plain = bias_hts is None and prefix_bs is None
+        tiles = plain and itself and t % kernels.BLOCK == 0 and not isinstance(window, jax.Array)
+        implementation = _suited(tiles, plain and soft_cap is None)
+    if implementation == "splash":
+        y_bgrtk = kernels.splash(
+            q_bgrtk, k_bgsk, v_bgsk, segments_bt, causal, window, soft_cap,
+            interpret=jax.default_backend() == "cpu",
+        )  # fmt: skip
+        return _by_time(y_bgrtk)
+    in_blocks = implementation == "blocks" and causal and itself and prefix_bs is None
     for start, stop, end in _blocks(t, s, block if in_blocks else max(t, s)):
         back = offset + jnp.arange(start, stop)[:, None] - jnp.arange(end)[None, :]
         seen = segments_bt[:, start:stop, None] == segments_bs[:, None, :end]
@@ -56,12 +69,28 @@ def attend(
         seen = seen & before if causal else seen
         seen = seen & (back < window) if window is not None else seen
         masks.append(seen[:, None, None])
-    if itself and soft_cap is None and bias_hts is None:
+    if implementation == "dot_product":
+        y_bgrtk = kernels.dot_product(q_bgrtk, k_bgsk, v_bgsk, masks[0])
+    elif itself and soft_cap is None and bias_hts is None:
         y_bgrtk = _self_attention(q_bgrtk, k_bgsk, v_bgsk, masks)
     else:
         y_bgrtk = _attention(q_bgrtk, k_bgsk, v_bgsk, masks, soft_cap, bias_hts)
+    return _by_time(y_bgrtk)
+
+
+def _suited(tiles: bool, plain: bool) -> Literal["blocks", "dot_product", "splash"]:
+    """The platform's kernel, if it can do what is asked."""
+    platform = jax.default_backend()
+    if platform == "tpu" and tiles:
+        return "splash"
+    return "dot_product" if platform == "gpu" and plain else "blocks"
+
+
+def _by_time(y_bgrtk: jax.Array) -> jax.Array:
+    """As [b, t, h, k]."""
+    b, g, r, t, k = y_bgrtk.shape
     y_btgrk = y_bgrtk.transpose(0, 3, 1, 2, 4)
-    return y_btgrk.reshape(b, t, h, k, out_sharding=spec(("batch", "seq", "heads", None)))
+    return y_btgrk.reshape(b, t, g * r, k, out_sharding=spec(("batch", "seq", "heads", None)))
 
 
 def _blocks(t: int, s: int, block: int) -> list[tuple[int, int, int]]:
