@@ -56,7 +56,10 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_dim
         out_std = (h * k) ** -0.5 * config.branch_std
-        self.query = declare(rngs, (d, h, k), ("d_model", "heads", "d_head"), "hidden", d**-0.5)
+        self.soft_cap, self.scale = config.attention_soft_cap, config.attention_scale
+        # Where scores are not scaled by 1/√k (T5), the queries are smaller by as much at first.
+        std = d**-0.5 if self.scale is None else d**-0.5 * k**-0.5 / self.scale
+        self.query = declare(rngs, (d, h, k), ("d_model", "heads", "d_head"), "hidden", std)
         self.key = declare(rngs, (d, g, k), ("d_model", "kv_heads", "d_head"), "hidden", d**-0.5)
         self.value = declare(rngs, (d, g, k), ("d_model", "kv_heads", "d_head"), "hidden", d**-0.5)
         self.out = declare(rngs, (h, k, d), ("heads", "d_head", "d_model"), "hidden", out_std)
@@ -66,7 +69,6 @@ class Attention(nnx.Module):
             self.value_bias = declare(rngs, (g, k), ("kv_heads", "d_head"), "bias", 0.0)
             self.out_bias = declare(rngs, (d,), ("d_model",), "bias", 0.0)
         self.has_bias = config.bias
-        self.soft_cap, self.scale = config.attention_soft_cap, config.attention_scale
         self.over_all = config.qk_norm_over == "projection"
 
         def norm(heads: int, axis: str) -> Norm | None:

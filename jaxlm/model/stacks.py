@@ -81,7 +81,8 @@ class Model(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         v, d = config.vocab_size, config.d_model
         untied_mup = config.parametrization != "standard" and not config.tie_embeddings
-        std = 1.0 if untied_mup else 0.02
+        # T5's output scale expects embeddings of size 1, as in its own code.
+        std = 1.0 if untied_mup or config.scale_output else 0.02
         self.embedding = declare(rngs, (v, d), ("vocab", "d_model"), "embedding", std)
         if config.positions == "learned":
             shape, axes = (config.seq_len, d), ("seq", "d_model")
