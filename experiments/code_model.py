@@ -23,12 +23,12 @@ def get_config() -> Config:
         data=DataConfig(sources=("stdlib",), tokenizer="bpe", max_epochs=4.0),
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, schedule="linear"),
         train=TrainConfig(
-            steps=1000,
+            steps=250,
             global_batch_size=8,
             steps_per_dispatch=10,
-            log_every=50,
-            eval_every=250,
-            checkpoint_every=50,
+            log_every=10,
+            eval_every=0,
+            checkpoint_every=250,
             sample_prompts=("def ", "class "),
         ),
     )

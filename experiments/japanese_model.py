@@ -3,8 +3,10 @@
 Data:     apt-get download libreoffice-help-ja debian-reference-ja debian-handbook
           (MPL-2.0; GPL-2.0-or-later; GPL-2.0-or-later OR CC-BY-SA-3.0), needs jaxlm[data]
 Command:  jaxlm train --config=experiments/japanese_model.py --workdir=runs/japanese
-Cost:     TIME on 2 cores.
-Result:   RESULT
+Cost:     307,200 tokens, 5.4e12 FLOPs: 10 minutes of one core among others at work.
+Result:   1.759 bits per byte on the held-out 353 kB (seed 0). `xz -9` of that text alone: 1.938.
+          With the training text before it, xz -9 (256 MB window) takes 1.324: what it copies, so
+          short a training has not learnt.
 """
 
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -33,12 +35,12 @@ def get_config() -> Config:
         ),
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, schedule="linear"),
         train=TrainConfig(
-            steps=1000,
+            steps=150,
             global_batch_size=8,
             steps_per_dispatch=10,
-            log_every=50,
-            eval_every=250,
-            checkpoint_every=50,
+            log_every=10,
+            eval_every=50,
+            checkpoint_every=150,
             sample_prompts=("これは", "このコマンドは"),
         ),
     )

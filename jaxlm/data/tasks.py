@@ -135,6 +135,20 @@ class Pool(PipelineExecutor):
                     raise
 
 
+class Cluster(Pool):
+    """A Ray cluster, of which every node sees the folder. Ray does the tasks of a lost node again.
+
+    (datatrove's own executor waits for ever for a task whose node is lost while it starts.)
+    """
+
+    def run(self) -> None:
+        ray = library("ray", "ray")
+        if not ray.is_initialized():
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
+        one = ray.remote(num_cpus=1, max_retries=TRIES)(Pool.one)
+        ray.get([one.remote(self, rank) for rank in self.get_incomplete_ranks()])
+
+
 def run(
     data: DataConfig,
     folder: Path,
@@ -164,19 +178,8 @@ def run(
     for i, (name, pipeline, tasks) in enumerate(stages):
         report(0, 0, f"{name} ({i + 1} of {len(stages)})")
         logs = f"{at}/logs/{i}"
-        executor: Any = Pool(pipeline, logs, tasks, data.workers)
-        if data.engine == "ray":
-            executor = _ray(pipeline, logs, tasks)
+        engine = Cluster if data.engine == "ray" else Pool
+        executor = engine(pipeline, logs, tasks, data.workers)
         executor.run()
         if left := executor.get_incomplete_ranks():
             raise JaxlmError(f"data: {name}: {len(left)} of {tasks} tasks failed; see {logs}")
-
-
-def _ray(pipeline: list[Any], logs: str, tasks: int) -> Any:
-    """On the Ray cluster that `RAY_ADDRESS` names, or that runs here; it must see the folder."""
-    ray = library("ray", "ray")
-    from datatrove.executor.ray import RayPipelineExecutor
-
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
-    return RayPipelineExecutor(pipeline, tasks=tasks, workers=-1, logging_dir=logs)

@@ -77,6 +77,8 @@ def _funnel(found: Json) -> Html:
     rows: list[list[Child]] = []
     steps: list[dict[str, Any]] = found["clean"].get("steps", [])
     before = None
+    if not steps:
+        rows.append(["read", count(found["records"]), None, None, None, None])
     for step in steps:
         left = step["documents"] / before if before else 1.0
         lost = f"−{percent(1 - left)}" if left < 1 else None
