@@ -1,8 +1,9 @@
 """A language model of Python code, against a general compressor, on the text every Python carries.
 
 Command:  jaxlm train --config=experiments/code_model.py --workdir=runs/code
-Cost:     TIME on 2 cores.
-Result:   RESULT
+Cost:     512,000 tokens, 9.1e12 FLOPs: 13 minutes of half a core.
+Result:   1.894 bits per byte on the held-out 425 kB (seed 0). `xz -9` of that text alone: 1.814;
+          with the training text before it (256 MB window): 1.421. So this is not enough training.
 """
 
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
