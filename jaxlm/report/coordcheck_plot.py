@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxlm.report.figure import PALETTE, new_plot, save_png, styled
+from jaxlm.report.figure import PALETTE, logarithmic, new_plot, save_png, styled
+from jaxlm.report.formats import general
 
 _STYLES = {
     "stream_half_way": ("approach1", "o", "stream, half-way"),
@@ -33,6 +34,10 @@ def plot(found: dict[str, Any], folder: Path) -> Path:
             ax.set(xscale="log", yscale="log", xlabel=direction)
             ax.set_xticks(sizes, [str(s) for s in sizes])
             ax.minorticks_off()
+        values = [row[quantity] for row in found["rows"] for quantity in _STYLES]
+        low, high = min(values) / 2, max(values) * 2  # what is flat should look so
+        axes[0].set_ylim(low, high)
+        logarithmic(axes[0].yaxis, low, high, lambda value: general(value, 2))
         drawn.figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2
         )
