@@ -3,11 +3,12 @@
 Command:  python benchmarks/data.py            (needs `pip install datasets`; about 3 minutes)
 Targets:  shards ≥ 1.2 × datasets.map on 2 processes, ≥ 0.9 × the tokenizer's own encode_batch;
           loader ≥ 0.5 × random memmap windows in a loop; memory flat while the corpus grows 10 ×.
-Seen:     not yet measured on a quiet machine.
+Seen:     (2 cores of an AMD EPYC, one run) 3.8 MB/s, 1.98 ×, 1.20 ×; 68 M tokens/s, 1.83 ×;
+          memory 115 MB for 46 MB of text and 138 MB for 460 (a shard's 64 MB are mapped).
 """
 
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def load(folder: Path) -> dict[str, float]:
 def memory(folder: Path) -> dict[int, float]:
     """MB at the peak of a build, by how often the corpus is repeated (with other words in it)."""
     found = {}
-    for times in (1, 10):
+    for times in (4, 40):
         path = folder / f"{times}.jsonl"
         with path.open("w") as f:
             for i in range(times):
@@ -110,7 +111,8 @@ def memory(folder: Path) -> dict[int, float]:
 
 def build(path: str, out: str) -> None:
     shards.build(DataConfig(sources=(path,), workers=1), 256, out)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would start at the parent's
+    print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e3)
 
 
 def main() -> None:
@@ -122,7 +124,7 @@ def main() -> None:
     print(f"  {rate['ours'] / rate['alone']:.2f} × encode_batch alone")
     print(f"loader: {speed['ours'] / 1e6:.1f} M tokens/s")
     print(f"  {speed['ours'] / speed['theirs']:.2f} × random memmap windows in a loop")
-    print(f"memory: {peak[1]:.0f} MB, and {peak[10]:.0f} MB for 10 × the text")
+    print(f"memory: {peak[4]:.0f} MB, and {peak[40]:.0f} MB for 10 × the text")
 
 
 if __name__ == "__main__":
