@@ -17,6 +17,7 @@ LIBRARIES = (
 )  # fmt: skip
 EXTRAS = {
     "gs:// workdirs": ("gcsfs", "gcs"),
+    "GGUF files": ("gguf", "gguf"),
     "--track=tensorboard viewer": ("tensorboard", "tensorboard"),
     "--track=wandb": ("wandb", "wandb"),
     "--track=trackio": ("trackio", "trackio"),

@@ -60,11 +60,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of theirs: what it is called and shaped like, and which part of it is ours."""
+    """One tensor of theirs: what it is called and shaped like."""
 
     name: str
     shape: tuple[int, ...]
-    row: Row
     at: tuple[int, ...]  # index into ours along the axes that stand in the name
 
 
@@ -94,7 +93,7 @@ class Layout:
     def tensors(self) -> Iterator[Tensor]:
         for at in itertools.product(*(range(self.sizes[x]) for x in self.named)):
             name = self.row.theirs.format(**dict(zip(self.named, at, strict=True)))
-            yield Tensor(name, self.their_shape, self.row, at)
+            yield Tensor(name, self.their_shape, at)
 
     def read(self, index: Index, read: Read) -> np.ndarray:
         """Float32 slice `index` of our parameter; `read(name, slices)` gives slices of theirs."""

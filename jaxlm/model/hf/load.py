@@ -118,7 +118,7 @@ class _Renamed:
 
 def load(checkpoint: Checkpoint) -> Params:
     """Float32 parameters on the mesh that is set. Each device's part of a parameter is read from
-    the files by itself: at no time is there a second copy of more than one parameter."""
+    the files by itself, one after the other: the checkpoint is never in memory twice."""
     devices = jax.sharding.get_mesh()
     params: Params = {}
     for path, one in checkpoint.layouts.items():
