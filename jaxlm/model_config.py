@@ -200,8 +200,12 @@ Need = Callable[[bool, str, Any, str], None]
 
 def check_model(m: ModelConfig, need: Need) -> None:
     """Calls `need(ok, field, value, expected)` for what fields of a model ask of each other."""
-    encoder, both = m.architecture == "encoder", m.architecture == "encoder_decoder"
-    rope, s, moe = m.positions == "rope", m.rope_scaling, m.moe
+    _check_positions(m, need)
+    _check_blocks(m, need)
+
+
+def _check_positions(m: ModelConfig, need: Need) -> None:
+    rope, s = m.positions == "rope", m.rope_scaling
     even = m.rotary_dim % 2 == 0 and m.rotary_dim >= 2
     wide = f"an even width for rotary positions (nearest: {m.head_dim + 1})"
     name = "d_head" if m.rope_fraction == 1.0 else "rope_fraction"
@@ -219,13 +223,6 @@ def check_model(m: ModelConfig, need: Need) -> None:
         "rope_scaling.beta_slow",
         s.beta_slow,
         f"less than beta_fast={s.beta_fast:g}",
-    )
-    plain = not both and not moe.n_experts and m.norm_placement == "pre" and not m.layer
-    need(
-        m.parametrization != "completep" or plain,
-        "parametrization",
-        m.parametrization,
-        "standard or mup, for completep is for stacks of pre-norm blocks without experts",
     )
     mixed = any(m.local) and not all(m.local)
     need(
@@ -251,6 +248,18 @@ def check_model(m: ModelConfig, need: Need) -> None:
         "relative_distance",
         m.relative_distance,
         f"more than relative_buckets / 2 = {m.relative_buckets // 2}",
+    )
+
+
+def _check_blocks(m: ModelConfig, need: Need) -> None:
+    encoder, both = m.architecture == "encoder", m.architecture == "encoder_decoder"
+    moe = m.moe
+    plain = not both and not moe.n_experts and m.norm_placement == "pre" and not m.layer
+    need(
+        m.parametrization != "completep" or plain,
+        "parametrization",
+        m.parametrization,
+        "standard or mup, for completep is for stacks of pre-norm blocks without experts",
     )
     need(
         not m.parallel_residual or m.norm_placement == "pre",

@@ -50,7 +50,6 @@ def attend(
     q_bgrtk = q_btgrk.transpose(0, 2, 3, 1, 4)
     k_bgsk, v_bgsk = k_bsgk.transpose(0, 2, 1, 3), v_bsgk.transpose(0, 2, 1, 3)
     itself = isinstance(offset, int) and offset == 0 and s == t  # every query sees its own key
-    masks = []
     if implementation == "auto":
         plain = bias_hts is None and prefix_bs is None
         tiles = plain and itself and t % kernels.BLOCK == 0 and not isinstance(window, jax.Array)
@@ -62,13 +61,10 @@ def attend(
         )  # fmt: skip
         return _by_time(y_bgrtk)
     in_blocks = implementation == "blocks" and causal and itself and prefix_bs is None
-    for start, stop, end in _blocks(t, s, block if in_blocks else max(t, s)):
-        back = offset + jnp.arange(start, stop)[:, None] - jnp.arange(end)[None, :]
-        seen = segments_bt[:, start:stop, None] == segments_bs[:, None, :end]
-        before = back >= 0 if prefix_bs is None else (back >= 0) | prefix_bs[:, None, :end]
-        seen = seen & before if causal else seen
-        seen = seen & (back < window) if window is not None else seen
-        masks.append(seen[:, None, None])
+    blocks = _blocks(t, s, block if in_blocks else max(t, s))
+    masks = [
+        _seen(offset, segments_bt, segments_bs, part, causal, window, prefix_bs) for part in blocks
+    ]
     if implementation == "dot_product":
         y_bgrtk = kernels.dot_product(q_bgrtk, k_bgsk, v_bgsk, masks[0])
     elif itself and soft_cap is None and bias_hts is None:
@@ -76,6 +72,25 @@ def attend(
     else:
         y_bgrtk = _attention(q_bgrtk, k_bgsk, v_bgsk, masks, soft_cap, bias_hts)
     return _by_time(y_bgrtk)
+
+
+def _seen(
+    offset: jax.Array | int,
+    segments_bt: jax.Array,
+    segments_bs: jax.Array,
+    block: tuple[int, int, int],
+    causal: bool,
+    window: jax.Array | int | None,
+    prefix_bs: jax.Array | None,
+) -> jax.Array:
+    """Bool [b, 1, 1, block of t, first of s]: which keys each query of a block sees."""
+    start, stop, end = block
+    back = offset + jnp.arange(start, stop)[:, None] - jnp.arange(end)[None, :]
+    seen = segments_bt[:, start:stop, None] == segments_bs[:, None, :end]
+    before = back >= 0 if prefix_bs is None else (back >= 0) | prefix_bs[:, None, :end]
+    seen = seen & before if causal else seen
+    seen = seen & (back < window) if window is not None else seen
+    return seen[:, None, None]
 
 
 def _suited(tiles: bool, plain: bool) -> Literal["blocks", "dot_product", "splash"]:
