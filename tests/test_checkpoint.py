@@ -24,6 +24,7 @@ from hypothesis.extra import numpy as hnp
 from jax import NamedSharding, P
 
 from jaxlm.schema import JaxlmError, UserError
+from jaxlm.train import checkpoint
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.digest import describe
 
@@ -593,7 +594,7 @@ def test_a_full_disk_leaves_earlier_steps(tmp_path):
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_disk_that_fills_up_during_a_save_leaves_earlier_steps(tmp_path, monkeypatch, background):
-    monkeypatch.setattr("jaxlm.train.checkpoint._need_space", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "_need_space", lambda *_: None)
     with small_disk(tmp_path) as folder:
         checkpoints = Checkpoints(folder, background=background)
         small, large = {"w": jnp.ones(1 << 20)}, {"w": jnp.arange(1.0, 1 + (1 << 22))}

@@ -12,7 +12,7 @@ from jaxlm import config as configs
 from jaxlm import job, mesh
 from jaxlm.data import shards
 from jaxlm.files import read_jsonl
-from jaxlm.schema import JaxlmError, UserError
+from jaxlm.schema import JaxlmError, UserError, override
 from jaxlm.train import loop
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.optimizer import hyper
@@ -221,8 +221,8 @@ class Doubtful(Block):  # the shipped block, each output scaled by a learned gat
         self.gate = declare(rngs, (config.d_model,), ("d_model",), "gain", 1.0)
 
     def __call__(self, x_btd, context, cache=None):
-        y_btd, cache = super().__call__(x_btd, context, cache)
-        return x_btd + use(self.gate, x_btd) * (y_btd - x_btd), cache
+        y_btd, cache, sums = super().__call__(x_btd, context, cache)
+        return x_btd + use(self.gate, x_btd) * (y_btd - x_btd), cache, sums
 
 def smoothed(config, params, batch, key):
     loss, _ = next_token(config, params, batch, key)
@@ -280,20 +280,18 @@ def test_an_experiment_brings_its_own_layer_objective_optimizer_schedule_and_dat
     assert job.train([task], tmp_path / "data") == [done]
     assert files == {p: p.read_bytes() for p in files}
     changes = [
-        (configs.override(config, "train.steps", 9), "train.steps was 8, is 9"),
+        (override(config, "train.steps", 9), "train.steps was 8, is 9"),
         (
-            configs.override(
-                configs.override(config, "train.log_every", 2), "optimizer.weight_decay", 0.2
-            ),
+            override(override(config, "train.log_every", 2), "optimizer.weight_decay", 0.2),
             "optimizer.weight_decay was 0.1, is 0.2",
         ),
-        (configs.override(config, "seed", 1), "seed was 0, is 1"),
+        (override(config, "seed", 1), "seed was 0, is 1"),
     ]
     for changed, said in changes:
         with pytest.raises(UserError, match=said) as e:
             job.train([job.Task(changed, task.folder)], tmp_path / "data")
         assert "holds another run" in str(e.value) and "\n" not in str(e.value)
-    watched = configs.override(config, "train.log_every", 2)
+    watched = override(config, "train.log_every", 2)
     assert job.train([job.Task(watched, task.folder)], tmp_path / "data") == [done]
 
     # Its code is kept with it, and another text of the same file is another run.

@@ -9,7 +9,7 @@ import pytest
 import reference
 import small
 
-from jaxlm.config import Config, ModelConfig, validate
+from jaxlm.config import ModelConfig, validate_model
 from jaxlm.model import presets, scale, transformer
 from jaxlm.schema import UserError
 from jaxlm.train import losses
@@ -59,7 +59,7 @@ def test_every_preset_has_a_published_count():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     model = presets.preset(name)
-    validate(Config(model=model))
+    validate_model(model)
     assert scale.size(model).params == PUBLISHED[name]
 
 
