@@ -3,10 +3,14 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+# A shell's background job ignores SIGINT, and so would every process that a test starts and stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One compilation cache for all processes of a test run, and not the user's own.
 if "JAXLM_TESTS_CACHE" not in os.environ:
