@@ -158,7 +158,7 @@ TEXT = (
 
 
 def test_exported_tokenizers_are_equal(tmp_path: Path) -> None:
-    words = tokenizer.train_bpe([TEXT.replace("<|endoftext|>", "")] * 8, 400)
+    words = tokenizer.create("bpe", 400, [TEXT.replace("<|endoftext|>", "")] * 8)
     for i, ours in enumerate((tokenizer.Bytes(), words)):
         folder = tmp_path / str(i)
         folder.mkdir()
@@ -174,7 +174,7 @@ def test_exported_tokenizers_are_equal(tmp_path: Path) -> None:
 
 def test_tokenizers_of_files_are_equal(tmp_path: Path) -> None:
     """GPT-2's vocab.json and merges.txt, BERT's vocab.txt: as transformers makes them."""
-    words = tokenizer.train_bpe([TEXT.replace("<|endoftext|>", "")] * 8, 400)
+    words = tokenizer.create("bpe", 400, [TEXT.replace("<|endoftext|>", "")] * 8)
     model = json.loads(words.inner.to_str())["model"]
     gpt2 = tmp_path / "gpt2"
     gpt2.mkdir()
