@@ -123,8 +123,8 @@ def test_bfloat16_computes_the_same_function_roughly_and_returns_float32():
         )
     _, want, _ = reference.loss_and_gradients(config.model, params, batch)
     assert logits.dtype == jnp.float32
-    error = np.abs(logits - want).max() / np.abs(want).max()
-    assert 1e-4 < error < 0.03  # bfloat16 has 8 bits
+    error = np.sqrt(np.mean((logits - want) ** 2)) / np.abs(want).max()
+    assert 1e-4 < error < 0.005  # bfloat16 has 8 bits; the largest error alone is a lottery
 
 
 # --------------------------------------------------------------------------- what must not flow

@@ -17,7 +17,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.mesh import spec
 from jaxlm.model.attention import attend
 from jaxlm.model.moe import Experts, Sums
-from jaxlm.model.parts import Norm, activated, declare, dropout, use
+from jaxlm.model.parts import Norm, activated, declare, dropout, product, use
 from jaxlm.model.positions import Rope, rotate
 from jaxlm.model_config import GATED
 
@@ -113,14 +113,16 @@ class Attention(nnx.Module):
 
     def queries(self, x_btd: jax.Array) -> jax.Array:
         """[b, t, h, k], before rotation."""
-        q_bthk = jnp.einsum("btd,dhk->bthk", x_btd, use(self.query, x_btd))
+        by_head = spec(("batch", "seq", "heads", None))
+        q_bthk = product("btd,dhk->bthk", x_btd, use(self.query, x_btd), by_head)
         q_bthk = q_bthk + use(self.query_bias, x_btd) if self.has_bias else q_bthk
         return self._normed(self.query_norm, q_bthk)
 
     def keys_values(self, x_bsd: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[b, s, g, k] each, before rotation."""
-        k_bsgk = jnp.einsum("btd,dgk->btgk", x_bsd, use(self.key, x_bsd))
-        v_bsgk = jnp.einsum("btd,dgk->btgk", x_bsd, use(self.value, x_bsd))
+        by_head = spec(("batch", "seq", "kv_heads", None))
+        k_bsgk = product("bsd,dgk->bsgk", x_bsd, use(self.key, x_bsd), by_head)
+        v_bsgk = product("bsd,dgk->bsgk", x_bsd, use(self.value, x_bsd), by_head)
         if self.has_bias:
             k_bsgk = k_bsgk + use(self.key_bias, x_bsd)
             v_bsgk = v_bsgk + use(self.value_bias, x_bsd)
@@ -137,7 +139,7 @@ class Attention(nnx.Module):
 
     def outputs(self, y_bthk: jax.Array) -> jax.Array:
         out_spec = spec(("batch", "seq", None))
-        y_btd = jnp.einsum("bthk,hkd->btd", y_bthk, use(self.out, y_bthk), out_sharding=out_spec)
+        y_btd = product("bthk,hkd->btd", y_bthk, use(self.out, y_bthk), out_spec)
         return y_btd + use(self.out_bias, y_btd) if self.has_bias else y_btd
 
 
@@ -167,15 +169,16 @@ class FeedForward(nnx.Module):
         self.down_bias = declare(rngs, (d,), ("d_model",), "bias", 0.0) if config.bias else None
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
-        y_btf = jnp.einsum("btd,df->btf", x_btd, use(self.up, x_btd))
+        wide = spec(("batch", "seq", "d_ff"))
+        y_btf = product("btd,df->btf", x_btd, use(self.up, x_btd), wide)
         if self.up_bias is not None:
             y_btf = y_btf + use(self.up_bias, x_btd)
         gate_btf = None
         if self.gate is not None:
-            gate_btf = jnp.einsum("btd,df->btf", x_btd, use(self.gate, x_btd))
+            gate_btf = product("btd,df->btf", x_btd, use(self.gate, x_btd), wide)
         y_btf = activated(self.kind, y_btf, gate_btf)
         out_spec = spec(("batch", "seq", None))
-        y_btd = jnp.einsum("btf,fd->btd", y_btf, use(self.down, x_btd), out_sharding=out_spec)
+        y_btd = product("btf,fd->btd", y_btf, use(self.down, x_btd), out_spec)
         return y_btd if self.down_bias is None else y_btd + use(self.down_bias, x_btd)
 
 

@@ -21,7 +21,7 @@ from jaxlm.mesh import spec
 from jaxlm.model import stacks
 from jaxlm.model.layers import Cache, Context, Memory
 from jaxlm.model.moe import Sums
-from jaxlm.model.parts import activated, dropout, use
+from jaxlm.model.parts import activated, dropout, product, use
 from jaxlm.model.stacks import Model, Params
 from jaxlm.schema import UserError
 
@@ -200,7 +200,7 @@ def logits(config: ModelConfig, params: Params, x_btd: jax.Array) -> jax.Array:
     if head is not None:
         x_btd = jnp.einsum("btd,de->bte", x_btd, use(head.dense, x_btd)) + use(head.bias, x_btd)
         x_btd = head.norm(activated(config.activation, x_btd, None))
-    logits_btv = jnp.einsum("btd,vd->btv", x_btd, w_vd, preferred_element_type=jnp.float32)
+    logits_btv = product("btd,vd->btv", x_btd, w_vd, spec(("batch", "seq", "vocab")), jnp.float32)
     if head is not None:
         logits_btv = logits_btv + use(head.output_bias, logits_btv)
     cap = config.final_soft_cap

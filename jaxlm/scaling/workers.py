@@ -276,6 +276,8 @@ def worker_environment(alone: bool, configs: Sequence[Config]) -> dict[str, str]
     if on_cpu():
         devices = _devices(configs, cores() if alone else 1)
         env["JAX_PLATFORMS"] = "cpu"
+        if not alone:
+            env["NPROC"] = "1"  # XLA's pool: else each worker also runs operations on others' cores
         env["XLA_FLAGS"] = " ".join(
             [
                 env.get("XLA_FLAGS", ""),
