@@ -15,7 +15,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "Sweep",
+    "evaluate",
     "export",
+    "finetune",
     "fit",
     "from_pretrained",
     "generate",

@@ -91,9 +91,9 @@ class OptimizerConfig:
 
 
 OBJECTIVES = {
-    "decoder": ("next_token", "prefix_lm", "fill_in_the_middle"),
-    "encoder": ("masked_lm",),
-    "encoder_decoder": ("span_corruption", "ul2", "prefix_lm"),
+    "decoder": ("next_token", "prefix_lm", "fill_in_the_middle", "classify", "regress"),
+    "encoder": ("masked_lm", "classify", "regress"),
+    "encoder_decoder": ("span_corruption", "ul2", "prefix_lm", "pairs"),
 }
 
 # Share of the text and mean length of the spans taken out (Tay et al. 2022, table 1); a seventh
@@ -145,7 +145,8 @@ class TrainConfig:
     objective: str = doc(
         "next_token",
         "'next_token', 'prefix_lm', 'fill_in_the_middle'; encoder: 'masked_lm'; encoder_decoder:"
-        " 'span_corruption', 'ul2', 'prefix_lm'; or own 'file.py:function'",
+        " 'span_corruption', 'ul2', 'prefix_lm'; or own 'file.py:function'; of examples (finetune):"
+        " 'classify', 'regress', encoder_decoder: 'pairs'",
     )
     corruption: Corruption = part(Corruption)
     z_loss: float = doc(0.0, "weight of log(Z)^2 in the loss")
@@ -159,6 +160,38 @@ class TrainConfig:
     sample_tokens: int = doc(64, "tokens per sample")
     track: tuple[str, ...] = doc((), "besides metrics.jsonl: 'tensorboard', 'wandb', 'trackio'")
     profile: str = doc("", "'START:STOP': a JAX profiler trace of these steps")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside weights that stay as they are (Hu et al. 2022)."""
+
+    rank: int = doc(0, "rank of an adapter; 0: all weights move")
+    alpha: float = doc(16.0, "an adapter counts alpha / rank times")
+    on: tuple[str, ...] = doc(
+        ("query", "value"),
+        "weights by name (query, key, value, out, up, gate, down) or role (hidden)",
+    )
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Fine-tuning: from which weights, on which examples, and how much of the model moves."""
+
+    start: str = doc(
+        "", "weights to begin with: a run's folder, a checkpoint or a hub name; '': fresh ones"
+    )
+    examples: tuple[str, ...] = doc(
+        (), "files of records (.jsonl .csv .parquet …), or 'file.py:function' that yields dicts"
+    )
+    input: str = doc("text", "field of a record that the model reads")
+    target: str = doc("label", "field that it is to say")
+    pooling: Literal["", "first", "last", "mean", "each"] = doc(
+        "", "as model.pooling, in place of what `start` has"
+    )
+    dropout: float | None = doc(None, "as model.dropout, in place of what `start` has")
+    max_tokens: int | None = doc(None, "longer examples are cut; None: the model's seq_len")
+    lora: LoraConfig = part(LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -180,6 +213,7 @@ class Config:
     data: DataConfig = part(DataConfig)
     optimizer: OptimizerConfig = part(OptimizerConfig)
     train: TrainConfig = part(TrainConfig)
+    tune: TuneConfig = part(TuneConfig)
     mesh: MeshConfig = part(MeshConfig)
 
     @property
@@ -293,6 +327,10 @@ def validate(config: Config, where: str = "config") -> Config:
         f"at most 1 - warmup_fraction = {1 - o.warmup_fraction:g}",
     )
     _check_objective(config, need)
+    n = config.tune.max_tokens
+    need(n is None or n >= 2, "tune.max_tokens", n, "at least 2")
+    rate = config.tune.dropout
+    need(rate is None or 0 <= rate < 1, "tune.dropout", rate, "at least 0 and below 1")
     whole = t.global_batch_size
     _divides("train.accumulation_steps", t.accumulation_steps, "global_batch_size", whole, need)
     k = t.steps_per_dispatch

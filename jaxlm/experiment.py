@@ -78,6 +78,7 @@ def references(config: Config) -> dict[str, str]:
         "optimizer.schedule": config.optimizer.schedule,
         "train.objective": config.train.objective,
         **{f"data.sources[{i}]": s for i, s in enumerate(config.data.sources)},
+        **{f"tune.examples[{i}]": s for i, s in enumerate(config.tune.examples)},
     }
     return {k: v for k, v in found.items() if is_reference(v)}
 
@@ -91,12 +92,14 @@ def with_files(config: Config, change: Callable[[str], str]) -> Config:
         return f"{change(target)}:{name}" if is_file else text
 
     m, d, o, t = config.model, config.data, config.optimizer, config.train
+    tuned = dataclasses.replace(config.tune, examples=tuple(map(new, config.tune.examples)))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(m, layer=new(m.layer)),
         data=dataclasses.replace(d, sources=tuple(new(s) for s in d.sources)),
         optimizer=dataclasses.replace(o, name=new(o.name), schedule=new(o.schedule)),
         train=dataclasses.replace(t, objective=new(t.objective)),
+        tune=tuned,
     )
 
 
@@ -108,6 +111,7 @@ _NOT_IDENTITY = {
         "log_every", "checkpoint_every", "keep_checkpoints", "probes", "sample_prompts",
         "sample_tokens", "track", "profile",
     ),
+    "tune": ("start", "examples"),  # what they hold is: `Run.data_fingerprint`
 }  # fmt: skip
 
 

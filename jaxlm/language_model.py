@@ -6,31 +6,25 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import job, mesh
-from jaxlm.config import Config, MeshConfig, ModelConfig
-from jaxlm.data import pretrained, tokenizer
+from jaxlm import mesh
+from jaxlm.config import ModelConfig
+from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate import likelihood
 from jaxlm.generate import decode
 from jaxlm.model import transformer
-from jaxlm.model.hf import export as hf
-from jaxlm.model.hf import hub, load
-from jaxlm.model.hf.family import Family
-from jaxlm.model.hf.gguf import Gguf
-from jaxlm.model.hf.source import read_object
 from jaxlm.model.transformer import Params
 from jaxlm.schema import UserError
-from jaxlm.train.run import read_config
 
 ROWS = 32  # texts at a time
+LOGITS = 1 << 27  # and of them at most so many float32 at a time
 MOST_INSPECTED = 128  # tokens
 
 
@@ -41,6 +35,7 @@ class Score:
     log_probability: float  # nats
     tokens: int
     bytes: int
+    greedy: bool = False  # whether each of the tokens was the likeliest
 
     @property
     def perplexity(self) -> float:
@@ -74,6 +69,8 @@ class LanguageModel:
     mesh: jax.sharding.Mesh = field(repr=False)
     pooling: Pooling = Pooling()
     bos_id: int | None = None  # put before each text; our own runs saw none
+    labels: tuple[str, ...] = ()  # what a classifier's outputs are called
+    chat: ChatTemplate | None = None  # how it was taught to read conversations
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Float32 [b, t, vocab] of token ids [b, t]: what may follow each of them."""
@@ -132,36 +129,57 @@ class LanguageModel:
                 texts[i].append(prompts[i] + text if return_full_text and not both else text)
         return texts
 
-    def score(self, texts: str | Sequence[str]) -> list[Score]:
-        """log p of each text, given a beginning: its BOS, or else the end of a text before it.
+    def score(
+        self, texts: str | Sequence[str], given: str | Sequence[str] | None = None
+    ) -> list[Score]:
+        """log p of each text after the text in `given`; where there is none, after a beginning: its
+        BOS, or else the end of a text before it.
 
+        Both are encoded as one text, with the blanks that `given` ends in as part of what follows.
         Raises UserError for an empty text, and for one longer than learned positions.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        given = [given] if isinstance(given, str) else list(given or [""] * len(texts))
         self._need("score texts", "decoder")
-        plain = self.tokenizer.encode_batch(texts)
-        ids = [self._begun(i, self.tokenizer.eos_id) for i in plain]
-        for i, row in enumerate(plain):
-            if not len(row):
+        before = self.tokenizer.encode_batch([g.rstrip() for g in given])
+        whole = self.tokenizer.encode_batch([g + t for g, t in zip(given, texts, strict=True)])
+        ids, starts = [], []
+        for i, (b, w) in enumerate(zip(before, whole, strict=True)):
+            if not texts[i] or not len(w[len(b) :]):
                 raise UserError(f"texts[{i}]: expected at least one token, got none")
-        self._check(ids, "texts")
-        found: dict[int, float] = {}
-        for rows, whole in _buckets([len(i) for i in ids]):
-            batch = _scored([ids[i] for i in rows], whole)
+            ids.append(self._begun(w, None if len(b) else self.begins))
+            starts.append(len(ids[-1]) - len(w) + len(b))
+        self._check([row[:-1] for row in ids], "texts")  # the last one is never fed
+        found = self.score_ids(ids, starts)
+        return [
+            Score(nats, len(w) - len(b), len(text.encode()), greedy)
+            for (nats, greedy), b, w, text in zip(found, before, whole, texts, strict=True)
+        ]
+
+    @property
+    def begins(self) -> int:
+        """The token that a text begins after: its BOS, or else the end of a text before it."""
+        return self.tokenizer.eos_id if self.bos_id is None else self.bos_id
+
+    def score_ids(
+        self, ids: Sequence[np.ndarray], starts: Sequence[int]
+    ) -> list[tuple[float, bool]]:
+        """Of each row of token ids, from its place `starts` (at least 1) on: log p in nats, and
+        whether each of these tokens was the likeliest."""
+        out: list[tuple[float, bool]] = [(0.0, True)] * len(ids)
+        for rows, whole in _buckets([len(i) - 1 for i in ids], self.config.vocab_size):
+            batch = _scored([ids[i] for i in rows], [starts[i] for i in rows], whole)
             with jax.set_mesh(self.mesh):
-                nats = likelihood.token_nats(self.config, self.params, batch).sum(axis=1)
-            found |= dict(zip(rows, nats.tolist(), strict=True))
-        return [Score(-found[i], len(plain[i]), len(text.encode())) for i, text in enumerate(texts)]
+                nats, greedy = likelihood.continuations(self.config, self.params, batch)
+            for i, n, g in zip(rows, nats.tolist(), greedy.tolist(), strict=True):
+                out[i] = (-n, g)
+        return out
 
     def embed(self, texts: str | Sequence[str]) -> np.ndarray:
         """Float32 [b, d]: one vector for each text, from the last layer's states (`pooling`)."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         self._need("embed texts", "decoder", "encoder")
-        most = self.pooling.max_tokens
-        if self.config.architecture == "encoder":
-            ids = [self.tokenizer.encode_with_special(text, most) for text in texts]
-        else:
-            ids = [self._begun(self.tokenizer.encode(text))[:most] for text in texts]
+        ids = self.read(texts, self.pooling.max_tokens)
         self._check(ids, "texts")
         out = np.zeros((len(texts), self.config.d_model), np.float32)
         for rows, _ in _buckets([len(i) for i in ids]):
@@ -170,6 +188,35 @@ class LanguageModel:
                 vectors = run(self.params, *_placed([ids[i] for i in rows], self.mesh))
             out[rows] = np.asarray(vectors)[: len(rows)]
         return out
+
+    def classify(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Float32 [b, classes]: a classifier's logits for each text, which is cut to the context;
+        of one that reads each token, [b, t, classes], padded on the right."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not self.config.n_classes:
+            raise UserError("a model without classes (model.n_classes) cannot classify texts")
+        ids = self.read(texts, self.config.seq_len)
+        self._check(ids, "texts")
+        each = self.config.pooling == "each"
+        shape = (len(texts), max(map(len, ids)), self.config.n_classes)
+        out = np.zeros(shape if each else (shape[0], shape[2]), np.float32)
+        for rows, _ in _buckets([len(i) for i in ids]):
+            with jax.set_mesh(self.mesh):
+                run = _classified(self.config, self.mesh)
+                found = np.asarray(run(self.params, *_placed([ids[i] for i in rows], self.mesh)))
+            for i, logits in zip(rows, found, strict=False):  # rows may have been filled up
+                if each:
+                    out[i, : len(ids[i])] = logits[: len(ids[i])]
+                else:
+                    out[i] = logits
+        return out
+
+    def read(self, texts: Sequence[str], most: int | None) -> list[np.ndarray]:
+        """Each text's token ids as a whole: of an encoder within its special tokens, of a decoder
+        after its BOS; at most `most`."""
+        if self.config.architecture == "encoder":
+            return [self.tokenizer.encode_with_special(text, most) for text in texts]
+        return [self._begun(self.tokenizer.encode(text))[:most] for text in texts]
 
     def inspect(self, prompt: str, top: int = 5) -> dict[str, Any]:
         """What a decoder or encoder makes of a prompt: {"tokens": [{id, text}], "maps": float32
@@ -225,16 +272,17 @@ def _limits(lengths: list[int], new: int | None, whole: int | None) -> list[int]
     return [whole - n for n in lengths]
 
 
-def _buckets(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
-    """Rows of about one length, at most `ROWS` of them, and the power of two that holds them."""
+def _buckets(lengths: Sequence[int], vocab: int = 1) -> list[tuple[list[int], int]]:
+    """Rows of about one length, as many as `ROWS` and `LOGITS` allow, and the power of two that
+    holds them."""
     groups: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
         groups.setdefault(decode.slots(n), []).append(i)
-    return [
-        (rows[i : i + ROWS], whole)
-        for whole, rows in sorted(groups.items())
-        for i in range(0, len(rows), ROWS)
-    ]
+    found = []
+    for whole, rows in sorted(groups.items()):
+        n = min(ROWS, max(1, LOGITS // (whole * vocab)))
+        found += [(rows[i : i + n], whole) for i in range(0, len(rows), n)]
+    return found
 
 
 def _padded(ids: Sequence[np.ndarray], t: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -253,14 +301,14 @@ def _placed(ids: Sequence[np.ndarray], devices: jax.sharding.Mesh) -> tuple[Any,
     return mesh.put_batch(padded, devices)
 
 
-def _scored(ids: Sequence[np.ndarray], t: int) -> Batch:
-    """Each token but the first as a target, weight 1."""
-    tokens, segments = _padded(ids, t, len(ids))
-    follows = np.roll(segments, -1, axis=1)
-    follows[:, -1] = 0
-    targets = np.roll(tokens, -1, axis=1)
-    positions = np.broadcast_to(np.arange(t, dtype=np.int32), tokens.shape)
-    return Batch(tokens, targets, follows.astype(np.float32), segments, positions)
+def _scored(ids: Sequence[np.ndarray], starts: Sequence[int], t: int) -> Batch:
+    """Each token from its row's start on as a target, weight 1."""
+    tokens, segments = _padded([i[:-1] for i in ids], t, len(ids))
+    targets, _ = _padded([i[1:] for i in ids], t, len(ids))
+    at = np.arange(t, dtype=np.int32)
+    weights = (at + 1 >= np.array(starts)[:, None]) & (segments > 0)
+    positions = np.broadcast_to(at, tokens.shape)
+    return Batch(tokens, targets, weights.astype(np.float32), segments, positions)
 
 
 @functools.lru_cache(maxsize=32)
@@ -296,6 +344,18 @@ def _embedded(config: ModelConfig, pooling: Pooling, devices: Any) -> Any:
     return jax.jit(run)
 
 
+@functools.lru_cache(maxsize=32)
+def _classified(config: ModelConfig, devices: Any) -> Any:
+    del devices
+
+    def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> jax.Array:
+        at_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32), tokens_bt.shape)
+        x_btd = transformer.hidden(config, params, tokens_bt, at_bt, segments_bt)
+        return transformer.pooled(config, params, x_btd, segments_bt)
+
+    return jax.jit(run)
+
+
 @functools.lru_cache(maxsize=8)
 def _inspected(config: ModelConfig, devices: Any) -> Any:
     del devices
@@ -308,73 +368,3 @@ def _inspected(config: ModelConfig, devices: Any) -> Any:
         return maps, transformer.logits(config, params, x_btd) if says else None
 
     return jax.jit(run)
-
-
-# ------------------------------------------------------------------------------------------ loading
-
-
-def of_run(folder: Path, devices: MeshConfig | None = None) -> LanguageModel:
-    """The newest checkpoint of a run. Raises UserError where there is none."""
-    config = read_config(folder)
-    words = tokenizer.load(folder / "tokenizer")
-    if devices is not None:
-        config = replace(config, mesh=devices)
-    on = job.reading_mesh(config)
-    with jax.set_mesh(on):
-        return LanguageModel(words, config.model, job.load_params(config, folder), on)
-
-
-def of_checkpoint(source: str | Path, devices: MeshConfig | None = None) -> LanguageModel:
-    """A Hugging Face folder, a .gguf file (or a folder with one), or a name on the hub, on one
-    device unless `devices` says more.
-
-    A local path is taken first; only a name that is none is looked up on the hub. Raises UserError.
-    """
-    path = hub.located(source)
-    if path.suffix == ".gguf":
-        file = Gguf(path)
-        checkpoint, words = load.of_gguf(file), pretrained.from_gguf(file.metadata, str(path))
-        pooling = Pooling()
-    else:
-        checkpoint, words = load.open_folder(path), pretrained.from_folder(path)
-        pooling = _pooling(path)
-    if words.vocab_size > checkpoint.config.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {words.vocab_size:,} ids, the model"
-            f" {checkpoint.config.vocab_size:,}"
-        )
-    on = mesh.make(
-        Config(model=checkpoint.config, mesh=devices or MeshConfig()),
-        jax.devices() if devices else jax.devices()[:1],
-    )
-    with jax.set_mesh(on):
-        params = load.load(checkpoint)
-    return LanguageModel(words, checkpoint.config, params, on, pooling, words.bos_id)
-
-
-def export(model: LanguageModel, out: Path, *, dtype: str = "float32") -> Family:
-    """Writes a folder that `transformers` loads. Raises UserError as `hf.export`."""
-    ids = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.bos_id}
-    files = pretrained.as_files(model.tokenizer, model.config.seq_len)
-    with jax.set_mesh(model.mesh):
-        return hf.export(model.config, model.params, out, files=files, ids=ids, dtype=dtype)
-
-
-def _pooling(folder: Path) -> Pooling:
-    """What sentence-transformers' modules.json and 1_Pooling/config.json say."""
-    path = folder / "1_Pooling" / "config.json"
-    if not path.exists():
-        return Pooling()
-    stated = read_object(path)
-    modes = {
-        "cls": stated.get("pooling_mode_cls_token") or stated.get("pooling_mode") == "cls",
-        "mean": stated.get("pooling_mode_mean_tokens") or stated.get("pooling_mode") == "mean",
-    }
-    if sum(map(bool, modes.values())) != 1:
-        raise UserError(f"{path}: expected mean or cls pooling, got {stated}")
-    modules = (
-        (folder / "modules.json").read_text("utf-8") if (folder / "modules.json").exists() else ""
-    )
-    cut = folder / "sentence_bert_config.json"
-    most = read_object(cut).get("max_seq_length") if cut.exists() else None
-    return Pooling(bool(modes["cls"]), "Normalize" in modules, most)

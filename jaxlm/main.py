@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from jaxlm.commands import data, laws, machine, runs, weights
+from jaxlm.commands import data, evaluation, laws, machine, runs, weights
 from jaxlm.config import Config, Sweep
 from jaxlm.schema import JaxlmError, UserError, describe, hint
 
-VERBS = runs.VERBS | data.VERBS | weights.VERBS | laws.VERBS | machine.VERBS
+VERBS = runs.VERBS | data.VERBS | weights.VERBS | evaluation.VERBS | laws.VERBS | machine.VERBS
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,6 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "buckets": None,
     "types": None,
     "classes": None,
+    "rank": None,
     "seq": None,
     "layers": None,
     "population": None,

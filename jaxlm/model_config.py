@@ -94,7 +94,10 @@ class ModelConfig:
     embedding_norm: bool = doc(False, "a norm after the embeddings (BERT)")
     mlm_head: bool = doc(False, "dense, activation and norm before the unembedding, bias after it")
     pooler: bool = doc(False, "a dense tanh layer on the first token (BERT)")
-    n_classes: int = doc(0, "a classifier on the pooler; 0: none")
+    n_classes: int = doc(0, "outputs of a classifier; 0: none")
+    pooling: Literal["first", "last", "mean", "each"] = doc(
+        "first", "the classifier's input: a text's first or last state, their mean, or each token's"
+    )
     parametrization: Literal["standard", "mup", "completep"] = doc(
         "standard",
         "mup: hidden learning rates and the output scale as 1/width; completep: and residual"
@@ -282,10 +285,10 @@ def _check_blocks(m: ModelConfig, need: Need) -> None:
         m.prefix_attention,
         "False unless architecture='decoder'",
     )
-    for field in ("mlm_head", "pooler", "n_classes"):
+    for field in ("mlm_head", "pooler"):
         value = getattr(m, field)
         need(not value or encoder, field, value, f"{type(value)()} unless architecture='encoder'")
-    need(not m.n_classes or m.pooler, "n_classes", m.n_classes, "0 unless pooler=True")
+    need(not m.n_classes or not both, "n_classes", m.n_classes, "0 in an encoder_decoder")
     need(
         not moe.n_experts or moe.experts_per_token <= moe.n_experts,
         "moe.experts_per_token",

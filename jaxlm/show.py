@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -73,8 +73,9 @@ class Lines:
         """`progress` of a run: every row that it writes."""
         steps = run.config.train.steps
         if "eval/loss" in row:
-            bits = f"  {row['eval/bpb']:.4f} bits/byte" if "eval/bpb" in row else ""
-            self.say(f"step {row['step']}/{steps} eval loss {row['eval/loss']:.4f}{bits}")
+            more = f"  {row['eval/bpb']:.4f} bits/byte" if "eval/bpb" in row else ""
+            more += f"  accuracy {row['eval/accuracy']:.4f}" if "eval/accuracy" in row else ""
+            self.say(f"step {row['step']}/{steps} eval loss {row['eval/loss']:.4f}{more}")
         elif "sample/text" in row:
             self.say(f"sample: {(row['sample/prompt'] + row['sample/text'])!r}")
         elif "train/loss" in row:
@@ -155,6 +156,31 @@ class Lines:
             [(name, len(p), " ".join(x or "·" for x in p)) for name, p in pieces.items()],
         )
 
+    def scores(self, found: dict[str, Any]) -> None:
+        """Rows of an evaluation, a confusion matrix where the classes are few."""
+        rows = found["rows"]
+        compared = any("difference" in r for r in rows)
+        head = ("task", "metric", "value", "95 %", "n")
+        more = ("against", "difference", "95 %", "p") if compared else ()
+        self._table((*head, *more), [
+            (r["task"], r["metric"], f"{r['value']:.4g}", _band(r["ci95"]), f"{r['n']:,}")
+            + ((f"{r['against']:.4g}", f"{r['difference']:+.3g}", _band(r["difference_ci95"]),
+                "–" if r["p"] is None else f"{r['p']:.2g}") if "difference" in r else ())
+            for r in rows
+        ])  # fmt: skip
+        for task, details in found["details"].items():
+            table = details.get("confusion")
+            if table and len(table["classes"]) <= 12:
+                lines = zip(table["classes"], table["right_by_said"], strict=True)
+                self._table((f"{task}: right \\ said", *table["classes"]),
+                            [(name, *counts) for name, counts in lines])  # fmt: skip
+
+    def tasks(self, tasks: Iterable[Any]) -> None:
+        self._table(
+            ("task", "kind", "metrics", "licence", "NAME=hub reads"),
+            [(t.name, t.kind, ", ".join(t.metrics), t.licence, t.home) for t in tasks],
+        )
+
     def _table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table = Table(*head)
         for row in rows:
@@ -187,6 +213,10 @@ class Lines:
                 f"{found['parametrization']}, {found['optimizer']}, over {direction}:"
                 f" {'flat' if flat else 'NOT flat'} within 2 × ({sizes})"
             )
+
+
+def _band(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{bounds[0]:.4g} … {bounds[1]:.4g}"
 
 
 def _clock(seconds: float) -> str:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,12 +11,15 @@ from reference import flat, unflat
 
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
+from jaxlm.data import pretrained, tokenizer
 from jaxlm.data.loader import Batch, Dataset
 from jaxlm.data.windows import Segment
 from jaxlm.model import transformer
 from jaxlm.train import optimizer
 from jaxlm.train.step import State
 
+GOLDEN = Path(__file__).parent / "golden"
+TEXT = ["the sky is blue and the sea is wide", "a bird sings in the tree, a fish swims"] * 20
 MODEL = ModelConfig(d_model=8, n_layers=2, n_heads=2, vocab_size=16, seq_len=12)
 
 
@@ -120,3 +125,25 @@ def assert_near(got: dict, want: dict, rel: float = 2e-5) -> None:
         limit = rel * np.abs(x).max() + 2e-7 * largest
         worst = np.abs(np.asarray(got[path], np.float64) - x).max()
         assert worst <= limit, f"{'.'.join(path)}: off by {worst:.2e}, allowed {limit:.2e}"
+
+
+def words() -> tokenizer.Subword:
+    """A byte-level BPE as small as they get: the golden models have 64 ids, so it is cut down."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = ["<|endoftext|>", *sorted({c for t in TEXT for c in t.replace(" ", "Ġ")})]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "s"), ("Ġ", "is")]
+    vocab = {w: i for i, w in enumerate([*letters, *(a + b for a, b in merges)])}
+    inner = Tokenizer(models.BPE(vocab, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|endoftext|>"])
+    return tokenizer.Subword(inner, "<|endoftext|>")
+
+
+def golden(name: str, out: Path) -> Path:
+    """A golden checkpoint with that tokenizer, in a new folder."""
+    shutil.copytree(GOLDEN / name, out)
+    for file, text in pretrained.as_files(words(), 32).items():
+        (out / file).write_text(text)
+    return out

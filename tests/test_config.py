@@ -272,6 +272,7 @@ NOT_IDENTITY = {
     "train.log_every",    "train.checkpoint_every",
     "train.keep_checkpoints", "train.probes", "train.sample_prompts", "train.sample_tokens",
     "train.track", "train.profile",
+    "tune.start", "tune.examples",  # what they hold counts, as part of the data
 }  # fmt: skip
 
 

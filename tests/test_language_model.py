@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from small import GOLDEN, TEXT
 from test_main import call
 
 import jaxlm
@@ -19,9 +20,6 @@ from jaxlm.data import pretrained, tokenizer
 from jaxlm.generate import decode
 from jaxlm.model import transformer
 from jaxlm.schema import UserError
-
-GOLDEN = Path(__file__).parent / "golden"
-TEXT = ["the sky is blue and the sea is wide", "a bird sings in the tree, a fish swims"] * 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,26 +30,12 @@ def quickly() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def words() -> tokenizer.Subword:
-    """A byte-level BPE as small as they get: the golden models have 64 ids, so it is cut down."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = ["<|endoftext|>", *sorted({c for t in TEXT for c in t.replace(" ", "Ġ")})]
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "s"), ("Ġ", "is")]
-    vocab = {w: i for i, w in enumerate([*letters, *(a + b for a, b in merges)])}
-    inner = Tokenizer(models.BPE(vocab, merges))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<|endoftext|>"])
-    return tokenizer.Subword(inner, "<|endoftext|>")
+    return small.words()
 
 
 @pytest.fixture(scope="module")
-def folder(words: tokenizer.Subword, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gpt2") / "gpt2"
-    shutil.copytree(GOLDEN / "gpt2", out)
-    for name, text in pretrained.as_files(words, 32).items():
-        (out / name).write_text(text)
-    return out
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.golden("gpt2", tmp_path_factory.mktemp("gpt2") / "gpt2")
 
 
 @pytest.fixture(scope="module")

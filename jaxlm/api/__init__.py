@@ -5,20 +5,25 @@ The command line calls the same functions; what they do can be told from the fol
 
 from __future__ import annotations
 
+from jaxlm.api.evaluation import evaluate, lm_eval
 from jaxlm.api.laws import compare, coordcheck, fit, fit_laws, plot_fit
 from jaxlm.api.runs import banner, plan, report, summary, sweep, train
+from jaxlm.api.tuning import finetune
 from jaxlm.api.weights import export, from_pretrained, generate, inspect
 
 __all__ = [
     "banner",
     "compare",
     "coordcheck",
+    "evaluate",
     "export",
+    "finetune",
     "fit",
     "fit_laws",
     "from_pretrained",
     "generate",
     "inspect",
+    "lm_eval",
     "plan",
     "plot_fit",
     "report",

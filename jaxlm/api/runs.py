@@ -32,12 +32,14 @@ def train(
     from jaxlm import job, mesh
     from jaxlm.data import shards
     from jaxlm.train import record
-    from jaxlm.train.checkpoint import Checkpoints
+    from jaxlm.train.losses import OF_EXAMPLES
     from jaxlm.train.step import check_names
     from jaxlm.train.trackers import need
 
     config = located(config)
     check_names(config)
+    if config.tune.examples or config.train.objective in OF_EXAMPLES:
+        raise UserError("config.tune.examples: labelled examples are for 'jaxlm finetune'")
     for tracker in config.train.track:
         need(tracker)
     with contextlib.ExitStack() as held:
@@ -53,14 +55,19 @@ def train(
             if stop:
                 raise _stopped(stop)
             say(banner(config))
-            send = _sending(mirror, progress)
+            send = sending(mirror, progress)
             [row] = job.train([job.Task(config, folder)], data_dir, stop, send)
-        if row.status == "diverged":
-            kept = Checkpoints(folder / "checkpoints").steps()
-            good = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint"
-            raise JaxlmError(
-                f"{folder}: loss or gradient is not finite at step {row.steps}; {good}"
-            )
+        return checked_row(row, folder)
+
+
+def checked_row(row: RunRecord, folder: Path) -> RunRecord:
+    """`row`. Raises JaxlmError if its run diverged."""
+    from jaxlm.train.checkpoint import Checkpoints
+
+    if row.status == "diverged":
+        kept = Checkpoints(folder / "checkpoints").steps()
+        good = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint"
+        raise JaxlmError(f"{folder}: loss or gradient is not finite at step {row.steps}; {good}")
     return row
 
 
@@ -83,7 +90,7 @@ def banner(config: Config) -> str:
     )
 
 
-def _sending(mirror: Mirror, progress: Any) -> Any:
+def sending(mirror: Mirror, progress: Any) -> Any:
     """`progress`, and a remote workdir kept up to date with each checkpoint."""
     seen: set[int] = set()
 

@@ -44,16 +44,16 @@ def from_pretrained(source: str | Path, *, devices: MeshConfig | None = None) ->
     It lies on one device (a run on its own mesh) unless `devices` names sizes of mesh axes, over
     all of them. Raises UserError for what is not there, damaged, or not computed by these layers.
     """
-    from jaxlm import job, language_model
+    from jaxlm import job, loading
     from jaxlm.scaling import sweep as stages
 
     job.cache_compilations()
     if "://" not in str(source) and not _is_ours(Path(source)):
-        return language_model.of_checkpoint(source, devices)
+        return loading.of_checkpoint(source, devices)
     with folder_of(source) as folder:
         if (folder / "sweep.json").exists():
             folder = folder / "runs" / stages.best(folder)
-        return language_model.of_run(folder, devices)
+        return loading.of_run(folder, devices)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -83,11 +83,11 @@ def export(
     """
     import jax
 
-    from jaxlm import language_model
+    from jaxlm import loading
     from jaxlm.model.hf.verify import differences
 
     model = from_pretrained(source)
-    family = language_model.export(model, Path(out), dtype=dtype)
+    family = loading.export(model, Path(out), dtype=dtype)
     found: dict[str, Any] = {
         "format": "jaxlm.export/1",
         "out": str(out),

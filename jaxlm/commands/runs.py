@@ -72,6 +72,22 @@ def _train(values: Flags, overrides: list[tuple[str, str]]) -> int:
     return 0
 
 
+def _finetune(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import show
+
+    config = experiment(values, overrides, Config)
+    from jaxlm import api
+    from jaxlm.train.workdir import StopFlag
+
+    out = show.Lines(to_stderr=values["json"])
+    with StopFlag() as stop:
+        row = api.finetune(config, values["workdir"], say=out.say, progress=out.row, stop=stop)
+    out.record(row)
+    if values["json"]:
+        print(json.dumps(show.plain(row)))
+    return 0
+
+
 def _sweep(values: Flags, overrides: list[tuple[str, str]]) -> int:
     from jaxlm import show
 
@@ -130,6 +146,7 @@ def _report(values: Flags, overrides: list[tuple[str, str]]) -> int:
 VERBS = {
     "quickstart": Command(_sweep, _flags_quickstart, "a scaling law measured here, in minutes"),
     "train": Command(_train, _flags_train, "one run from an experiment file"),
+    "finetune": Command(_finetune, experiment_flags, "a model fitted to labelled examples"),
     "sweep": Command(_sweep, _flags_sweep, "a ladder of runs, its fit, prediction and report"),
     "generate": Command(_generate, _flags_generate, "text from a trained run"),
     "report": Command(_report, _flags_workdir, "(re)write a sweep's or run's page"),

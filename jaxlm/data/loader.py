@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -23,8 +24,24 @@ __all__ = ["Batch", "Dataset", "check_epochs", "chunk", "chunks", "eval_batch", 
 PREFETCHED_CHUNKS = 2
 
 
+class Rows(Protocol):
+    """What has an order: windows of text (`Dataset`), or examples."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    @property
+    def windows_of(self) -> dict[int, range]:
+        """Source → the numbers of its rows."""
+
+    def __len__(self) -> int: ...
+
+    def windows(self, numbers: np.ndarray) -> Batch | WordBatch:
+        """The rows of these numbers (int, any shape), as [*shape, t]."""
+
+
 def chunk(
-    dataset: Dataset,
+    dataset: Rows,
     seed: int,
     position: int,
     steps: int,
@@ -42,9 +59,7 @@ def chunk(
     return dataset.windows(_numbers(dataset, mixture, seed, samples))
 
 
-def _numbers(
-    dataset: Dataset, mixture: Mixture | None, seed: int, samples: np.ndarray
-) -> np.ndarray:
+def _numbers(dataset: Rows, mixture: Mixture | None, seed: int, samples: np.ndarray) -> np.ndarray:
     """Which window each sample is: of all windows alike, or of the sources as they are weighed."""
     if mixture is None:
         return indices(len(dataset), seed, samples)
@@ -57,7 +72,7 @@ def _numbers(
 
 
 def chunks(
-    dataset: Dataset,
+    dataset: Rows,
     seed: int,
     position: int,
     steps: int,
@@ -81,7 +96,7 @@ def chunks(
 class _Chunks:
     """A grain source with one record per chunk, so that grain's cost per record vanishes."""
 
-    dataset: Dataset
+    dataset: Rows
     seed: int
     position: int
     steps: int
@@ -131,7 +146,7 @@ def mixture_of(dataset: Dataset, data: DataConfig, sequences: int) -> Mixture | 
 
 
 def epochs(
-    dataset: Dataset, seed: int, sequences: int, mixture: Mixture | None = None
+    dataset: Rows, seed: int, sequences: int, mixture: Mixture | None = None
 ) -> dict[str, float]:
     """Source → how often each of its windows was seen after `sequences` samples."""
     if mixture is None:
@@ -144,7 +159,7 @@ def epochs(
 
 
 def check_epochs(
-    dataset: Dataset,
+    dataset: Rows,
     sequences: int,
     max_epochs: float,
     seed: int = 0,

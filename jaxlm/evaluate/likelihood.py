@@ -14,10 +14,11 @@ from jaxlm import mesh
 from jaxlm.config import OBJECTIVES, Config, ModelConfig, TrainConfig
 from jaxlm.data import loader
 from jaxlm.data.loader import Batch
+from jaxlm.model import transformer
 from jaxlm.pyfile import is_reference
 from jaxlm.train.loop import Observer
 from jaxlm.train.losses import hidden, token_losses
-from jaxlm.train.objectives import corrupted
+from jaxlm.train.objectives import Example, corrupted
 
 ROWS = 32  # sequences at a time
 
@@ -60,10 +61,16 @@ def total_nats(config: Config, params: Any, batch: Any) -> tuple[float, float]:
     return float((nll_nt * weights_nt).sum()), float(weights_nt.sum())
 
 
-def token_nats(config: ModelConfig, params: Any, batch: Batch) -> np.ndarray:
-    """Float64 [n, t]: weights · negative log-likelihood of the next tokens."""
-    nll_nt, weights_nt = _evaluated(Config(model=config), params, batch)
-    return nll_nt * weights_nt
+def continuations(config: ModelConfig, params: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of [n, t] sequences: Σ weights · negative log-likelihood, float64 [n], and whether
+    every target with a weight was the likeliest token, bool [n]."""
+    n, devices = batch.tokens.shape[0], jax.sharding.get_mesh()
+    more = -n % math.prod(devices.shape[a] for a in ("data", "fsdp"))
+    padded = jax.tree.map(lambda x: np.pad(x, ((0, more), (0, 0))), batch)
+    found = _continued(config, devices)(params, mesh.put_batch(padded, devices))
+    nll_nt, likeliest_nt = (np.asarray(x)[:n] for x in found)
+    nats = (nll_nt.astype(np.float64) * batch.weights).sum(axis=1)
+    return nats, (likeliest_nt | (batch.weights == 0)).all(axis=1)
 
 
 def _evaluated(config: Config, params: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -95,3 +102,17 @@ def _losses(config: Config, devices: Any) -> Any:
         return jax.lax.map(some, (parts, jnp.arange(len(parts.tokens))))
 
     return jax.jit(losses)
+
+
+@functools.lru_cache(maxsize=32)
+def _continued(config: ModelConfig, devices: Any) -> Any:
+    """Jitted (params, batch) → negative log-likelihoods, which targets are likeliest, [b, t]."""
+    del devices
+
+    def run(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        x_btd, _ = hidden(config, params, Example(*batch))
+        nll_bt, _ = token_losses(config, params, x_btd, batch.targets)
+        best_bt = jnp.argmax(transformer.logits(config, params, x_btd), axis=-1)
+        return nll_bt.astype(jnp.float32), best_bt == batch.targets
+
+    return jax.jit(run)

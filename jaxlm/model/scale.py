@@ -82,9 +82,12 @@ def _other_flops(config: ModelConfig) -> int:
 _BRANCH_ENDS = ("out", "down", "out_bias", "down_bias")
 
 
-def learning_rate_multipliers(config: ModelConfig, hidden_power: float = 1.0) -> dict[str, Any]:
-    """A tree like params. muP for Adam (Yang et al. 2022, table 3): matrices that grow in both
-    directions, and the output, go as 1/width (hidden ones to `hidden_power`); all else as 1.
+def learning_rate_multipliers(
+    config: ModelConfig, hidden_power: float = 1.0, rows: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A tree like params, or like another table `rows`. muP for Adam (Yang et al. 2022, table 3):
+    matrices that grow in both directions, and the output, go as 1/width (hidden ones to
+    `hidden_power`); all else as 1.
 
     CompleteP (Dey et al. 2025, table 1, alpha = 1) also multiplies residual branches by 1/depth.
     Here their last matrices and biases carry the multiplier, in their scale at the start and, as
@@ -96,13 +99,17 @@ def learning_rate_multipliers(config: ModelConfig, hidden_power: float = 1.0) ->
         width = width**hidden_power if row.role == "hidden" else width
         return width * (config.branch_shrinks if path[-1].key in _BRANCH_ENDS else 1.0)
 
+    rows = table(config) if rows is None else rows
     return jax.tree_util.tree_map_with_path(
-        multiplier, table(config), is_leaf=lambda x: isinstance(x, Declared)
+        multiplier, rows, is_leaf=lambda x: isinstance(x, Declared)
     )
 
 
-def by_role(config: ModelConfig, roles: tuple[str, ...]) -> dict[str, Any]:
-    """A tree of bools like params: whose role is one of `roles`."""
+def by_role(
+    config: ModelConfig, roles: tuple[str, ...], rows: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A tree of bools like params, or like another table `rows`: whose role is one of `roles`."""
+    rows = table(config) if rows is None else rows
     return jax.tree.map(
-        lambda row: row.role in roles, table(config), is_leaf=lambda x: isinstance(x, Declared)
+        lambda row: row.role in roles, rows, is_leaf=lambda x: isinstance(x, Declared)
     )

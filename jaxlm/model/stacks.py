@@ -101,7 +101,7 @@ class Model(nnx.Module):
         if config.pooler:
             self.pooler = Dense(d, d, "d_out", 1 / config.seq_len, rngs=rngs)
         if config.n_classes:
-            share = 1 / config.seq_len
+            share = 1.0 if config.pooling == "each" else 1 / config.seq_len
             self.classifier = Dense(d, config.n_classes, "classes", share, rngs=rngs)
         if not config.tie_embeddings:
             std = 0.0 if untied_mup else 0.02

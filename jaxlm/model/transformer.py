@@ -40,6 +40,14 @@ class Declared:
     def spec(self) -> P:
         return spec(self.axes)
 
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a matrix: which axes are its input, which its output; the rest are many of them."""
+        first = next(i for i, axis in enumerate(self.axes) if axis not in ("layers", "experts"))
+        inner = tuple(range(first, len(self.axes)))
+        cut = len(inner) - 1 if self.axes[-1] == "d_model" else 1
+        return inner[:cut], inner[cut:]
+
 
 class Source(NamedTuple):
     """What the encoder of an encoder–decoder reads, int32 [b, s] each. A decoder's token sees what
@@ -207,11 +215,24 @@ def logits(config: ModelConfig, params: Params, x_btd: jax.Array) -> jax.Array:
     return logits_btv if cap is None else cap * jnp.tanh(logits_btv / cap)
 
 
-def pooled(config: ModelConfig, params: Params, x_btd: jax.Array) -> jax.Array:
-    """BERT's summary [b, d] of final hidden states: a tanh layer on the first token's. Needs
-    `pooler`; with `n_classes` it becomes float32 logits [b, classes]."""
+def pooled(
+    config: ModelConfig, params: Params, x_btd: jax.Array, segments_bt: jax.Array
+) -> jax.Array:
+    """A summary [b, d] of final hidden states, or [b, t, d] of each token's: what `pooling` says of
+    those outside padding (segment 0), through BERT's tanh layer where there is one (`pooler`). With
+    `n_classes` it becomes float32 logits [b, classes] or [b, t, classes]."""
     model = _model(config, params)
-    y_bd = jnp.tanh(model.pooler(x_btd[:, 0]))
+    real_bt = (segments_bt > 0).astype(jnp.float32)
+    y_bd = x_btd
+    if config.pooling == "first":
+        y_bd = x_btd[:, 0]
+    elif config.pooling != "each":
+        last_bt = real_bt * (jnp.cumsum(real_bt, axis=1) == real_bt.sum(axis=1, keepdims=True))
+        w_bt = last_bt if config.pooling == "last" else real_bt
+        w_bt = w_bt / jnp.maximum(w_bt.sum(axis=1, keepdims=True), 1.0)
+        y_bd = jnp.einsum("btd,bt->bd", x_btd, w_bt.astype(x_btd.dtype))
+    if config.pooler:
+        y_bd = jnp.tanh(model.pooler(y_bd))
     return model.classifier(y_bd).astype(jnp.float32) if config.n_classes else y_bd
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.model.scale import size
 from jaxlm.schema import JaxlmError
-from jaxlm.train import record
+from jaxlm.train import parameters, record
 from jaxlm.train.checkpoint import NotFinite
 from jaxlm.train.optimizer import hyper
 from jaxlm.train.run import Run
@@ -40,6 +40,16 @@ class Stopped(JaxlmError):
 
 class Diverged(JaxlmError):
     """The loss, the gradient or the parameters became NaN or infinite."""
+
+
+class Given(NamedTuple):
+    """What a lone run begins with instead of fresh parameters."""
+
+    params: Any = None
+    frozen: Any = None  # `State.frozen`, also when it resumes
+
+
+NOTHING = Given()
 
 
 @dataclass
@@ -72,11 +82,12 @@ class _Member:
 
 def fit(
     runs: Sequence[Run],
-    dataset: loader.Dataset,
+    dataset: loader.Rows,
     observers: Sequence[Observer] = (),
     stop: Any = False,
     progress: Progress = lambda run, row: None,
     mixture: loader.Mixture | None = None,
+    given: Given = NOTHING,
 ) -> list[record.RunRecord]:
     """Train `runs` to their end, from wherever they are; returns their records.
 
@@ -85,7 +96,7 @@ def fit(
     a lone run that became non-finite (a population's members only end early), JaxlmError on a full
     disk.
     """
-    return _Loop(runs, dataset, observers, stop, progress, mixture).run()
+    return _Loop(runs, dataset, observers, stop, progress, mixture, given).run()
 
 
 class _Loop:
@@ -94,16 +105,17 @@ class _Loop:
     def __init__(
         self,
         runs: Sequence[Run],
-        dataset: loader.Dataset,
+        dataset: loader.Rows,
         observers: Sequence[Observer],
         stop: Any,
         progress: Progress,
         mixture: loader.Mixture | None,
+        given: Given,
     ) -> None:
         self.members = [_Member(run) for run in runs]
         self.config = runs[0].config
         self.dataset, self.observers, self.stop, self.progress = dataset, observers, stop, progress
-        self.mixture = mixture
+        self.mixture, self.given = mixture, given
         self.population = len(runs) if len(runs) > 1 else 0
         self.mesh = jax.sharding.get_mesh()
         self.program: Program = program(self.config, self.population)
@@ -146,9 +158,13 @@ class _Loop:
             member.run.rewind(step)
             member.run.event("resume" if step else "start", step=step)
         if step == 0:
-            return self.program.init(self.hyper), 0
+            state = self.program.init(self.hyper)
+            if self.given.params is not None:
+                state = state._replace(params=self.given.params)
+            return state._replace(frozen=self.given.frozen), 0
         states = [r[1] for r in restored if r is not None]
-        return (_stack(states) if self.population else states[0]), step
+        state = _stack(states) if self.population else states[0]
+        return state._replace(frozen=self.given.frozen), step
 
     def _restore(self, member: _Member) -> tuple[int, State] | None:
         found = member.run.checkpoints.restore(
@@ -229,7 +245,7 @@ class _Loop:
         seconds = time.perf_counter() - self.started
         for i, member in enumerate(self.members):
             if i not in self.diverged:
-                state = self._of(i, self.state)
+                state = self._of(i, self.state._replace(frozen=None))
                 try:
                     member.run.checkpoints.save(self.step, state, member.meta(self.step, seconds))
                 except NotFinite:  # the last update broke the parameters, its loss was still finite
@@ -241,6 +257,7 @@ class _Loop:
             if i in self.diverged:
                 continue
             params = self._of(i, self.state.params)
+            params = parameters.whole(member.run.config, params, self.state.frozen)
             for observe in self.observers:
                 for row in observe(member.run.config, params, self.step):
                     self._write(member, row)

@@ -244,6 +244,25 @@ def fill_in_the_middle(config: Config, row: Any, key: jax.Array) -> Example:
     )
 
 
+# ----------------------------------------------------------------------------------- source, target
+
+
+def pairs(config: Config, row: Any, key: jax.Array) -> Example:
+    """The decoder says the target of a source: `tokens` and `segment_ids` are the source's [s],
+    `targets` and `weights` the target's [t]."""
+    t = row.targets.shape[0]
+    first = jnp.full(1, START, jnp.int32)
+    said_t = row.weights > 0
+    return Example(
+        tokens=jnp.concatenate([first, row.targets[:-1]]),
+        targets=row.targets,
+        weights=row.weights,
+        segment_ids=said_t.astype(jnp.int32),
+        positions=jnp.arange(t, dtype=jnp.int32),
+        source=Source(row.tokens, row.positions, row.segment_ids),
+    )
+
+
 CORRUPTIONS: dict[str, Callable[[Config, Any, jax.Array], Example] | None] = {
     "next_token": None,
     "masked_lm": masked_lm,
@@ -251,4 +270,5 @@ CORRUPTIONS: dict[str, Callable[[Config, Any, jax.Array], Example] | None] = {
     "ul2": ul2,
     "prefix_lm": prefix_lm,
     "fill_in_the_middle": fill_in_the_middle,
+    "pairs": pairs,
 }

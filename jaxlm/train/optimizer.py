@@ -13,9 +13,10 @@ import optax.contrib
 
 from jaxlm.config import Config, OptimizerConfig
 from jaxlm.model.scale import MATRICES, by_role, learning_rate_multipliers
-from jaxlm.model.transformer import Declared, table
+from jaxlm.model.transformer import Declared
 from jaxlm.pyfile import is_reference, resolve
 from jaxlm.schema import UserError, hint
+from jaxlm.train.parameters import moving
 
 
 class Hyper(NamedTuple):
@@ -89,7 +90,7 @@ def learning_rate(config: OptimizerConfig, h: Hyper, step: jax.Array) -> jax.Arr
 
 def _adam(config: Config) -> optax.GradientTransformation:
     """Adam's direction (Kingma & Ba 2015), matrices scaled as the parametrisation says."""
-    o, multipliers = config.optimizer, learning_rate_multipliers(config.model)
+    o, multipliers = config.optimizer, learning_rate_multipliers(config.model, rows=moving(config))
     return optax.chain(
         optax.scale_by_adam(o.b1, o.b2, o.eps),
         optax.stateless(lambda u, _: jax.tree.map(lambda a, m: a * m, u, multipliers)),
@@ -102,7 +103,7 @@ def _muon(config: Config) -> optax.GradientTransformation:
     Orthogonalised updates get an RMS of 0.2 (Liu et al. 2025, eq. 4), so that one learning rate
     serves both. Under muP and CompleteP they shrink as 1/√width, which keeps their spectral norm.
     """
-    o, rows = config.optimizer, table(config.model)
+    o, rows = config.optimizer, moving(config)
     is_row = {"is_leaf": lambda x: isinstance(x, Declared)}
     role = jax.tree.map(lambda row: "muon" if row.role == "hidden" else "adam", rows, **is_row)
     axes = jax.tree.map(_matrix_axes, rows, **is_row)
@@ -113,7 +114,7 @@ def _muon(config: Config) -> optax.GradientTransformation:
         sides = [math.prod(row.shape[i] for i in side) for side in axes]
         return 0.2 * max(sides) ** 0.5 * multiplier
 
-    multipliers = learning_rate_multipliers(config.model, hidden_power=0.5)
+    multipliers = learning_rate_multipliers(config.model, 0.5, rows)
     scales = jax.tree.map(scale, rows, axes, multipliers, **is_row)
     return optax.chain(
         optax.partition(
@@ -134,10 +135,7 @@ def _matrix_axes(row: Declared) -> Any:
     other parameters are masked."""
     if row.role != "hidden":
         return optax.MaskedNode()
-    first = next(i for i, axis in enumerate(row.axes) if axis not in ("layers", "experts"))
-    inner = tuple(range(first, len(row.axes)))
-    cut = len(inner) - 1 if row.axes[-1] == "d_model" else 1
-    return optax.contrib.MuonDimensionNumbers(inner[:cut], inner[cut:])
+    return optax.contrib.MuonDimensionNumbers(*row.sides)
 
 
 OPTIMIZERS = {"adamw": _adam, "muon": _muon}
@@ -153,7 +151,7 @@ def transform(config: Config, weight_decay: Any, rate: Any) -> optax.GradientTra
     if o.name != "adamw":
         direction = _any_layout(direction)
     clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
-    matrices = by_role(config.model, MATRICES)
+    matrices = by_role(config.model, MATRICES, moving(config))
     decay = optax.add_decayed_weights(weight_decay, mask=matrices)
     return optax.chain(clip, direction, decay, optax.scale(-rate))
 

@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import optax
 from jax import P
 
-from jaxlm.config import Config, DataConfig
+from jaxlm.config import Config, DataConfig, TuneConfig
 from jaxlm.data.loader import Batch
 from jaxlm.mesh import spec
-from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
 from jaxlm.pyfile import is_reference, resolve
-from jaxlm.train import losses, optimizer
-from jaxlm.train.objectives import Example, corrupted
+from jaxlm.train import losses, optimizer, parameters
+from jaxlm.train.objectives import CORRUPTIONS, Example, corrupted
 from jaxlm.train.optimizer import Hyper
 
 
@@ -32,6 +31,7 @@ class State(NamedTuple):
     params: Params
     opt_state: Any
     step: jax.Array  # int32 scalar, updates made
+    frozen: Any = None  # what the model needs besides and no step changes; never saved
 
 
 Metrics = dict[str, jax.Array]
@@ -44,6 +44,7 @@ def static(config: Config) -> Config:
         name="",
         seed=0,
         data=DataConfig(),
+        tune=TuneConfig(lora=config.tune.lora),
         optimizer=dataclasses.replace(
             config.optimizer,
             learning_rate=1.0,
@@ -59,13 +60,17 @@ def static(config: Config) -> Config:
     )  # fmt: skip
 
 
+def without_dropout(config: Config) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+
+
 def objective(config: Config) -> Callable[..., tuple[jax.Array, losses.Sums]]:
-    """(config, params, batch, key) -> (loss summed over weights, sums). Its batch is an Example,
-    or an own objective's the Batch itself."""
+    """(config, params, batch, key) -> (loss summed over weights, sums). Its batch is an Example, or
+    where nothing is corrupted the Batch itself."""
     name = config.train.objective
     if is_reference(name):
         return resolve(name, "config.train.objective")
-    return losses.cross_entropy
+    return losses.OF_EXAMPLES.get(name, losses.cross_entropy)
 
 
 def check_names(config: Config) -> None:
@@ -76,7 +81,7 @@ def check_names(config: Config) -> None:
 
 def init_state(config: Config, hyper: Hyper) -> State:
     """Fresh parameters and optimizer state on the current mesh."""
-    params = transformer.init(config.model, jax.random.key(hyper.seed))
+    params = parameters.init(config, jax.random.key(hyper.seed))
     opt_state = optimizer.transform(config, 0.0, 0.0).init(params)
     return State(params, opt_state, jnp.zeros((), jnp.int32))
 
@@ -85,11 +90,11 @@ def train_step(config: Config, hyper: Hyper, state: State, batch: Batch) -> tupl
     """One update from one global batch. Loss and gradients are means over token weights."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), state.step)
     seen: Batch | Example = batch
-    if not is_reference(config.train.objective):
+    if config.train.objective in CORRUPTIONS:
         corruption_key, key = jax.random.split(key)
         seen = corrupted(config, batch, corruption_key)
     total = jnp.maximum(jnp.sum(seen.weights), 1.0)
-    loss, sums, grads = _gradients(config, state.params, seen, total, key)
+    loss, sums, grads = _gradients(config, state, seen, total, key)
     rate = optimizer.learning_rate(config.optimizer, hyper, state.step)
     tx = optimizer.transform(config, hyper.weight_decay, rate)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -100,22 +105,23 @@ def train_step(config: Config, hyper: Hyper, state: State, batch: Batch) -> tupl
         "learning_rate": rate,
         **{name: value / total for name, value in sums.items()},
     }
-    return State(params, opt_state, state.step + 1), metrics
+    return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
 def _gradients(
-    config: Config, params: Params, batch: Batch | Example, total: jax.Array, key: jax.Array
+    config: Config, state: State, batch: Batch | Example, total: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, losses.Sums, Params]:
     """Loss, extra sums and gradients, accumulated in float32 over micro-batches."""
 
     def loss_fn(params: Params, part: Any, key: jax.Array) -> tuple[jax.Array, losses.Sums]:
-        loss, sums = objective(config)(config, params, part, key)
+        whole = parameters.whole(config, params, state.frozen)
+        loss, sums = objective(config)(config, whole, part, key)
         return loss / total, sums
 
     n = config.train.accumulation_steps
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if n == 1:
-        (loss, sums), grads = gradient(params, batch, key)
+        (loss, sums), grads = gradient(state.params, batch, key)
         return loss, sums, grads
 
     def split(x: jax.Array) -> jax.Array:  # rows stay on their device: [b] → [b/n, n] → [n, b/n]
@@ -123,12 +129,12 @@ def _gradients(
         return x.reshape(x.shape[0] // n, n, *x.shape[1:], out_sharding=sharding).swapaxes(0, 1)
 
     def add(done: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        (loss, sums), grads = gradient(params, *part)
+        (loss, sums), grads = gradient(state.params, *part)
         return jax.tree.map(jnp.add, done, (loss, sums, grads)), None
 
     parts = (jax.tree.map(split, batch), jax.random.split(key, n))
     first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-    (loss, sums), grads = gradient(params, *first)
+    (loss, sums), grads = gradient(state.params, *first)
     return jax.lax.scan(add, (loss, sums, grads), rest)[0]
 
 

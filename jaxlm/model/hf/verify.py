@@ -46,7 +46,9 @@ def output(config: ModelConfig, params: Params, ids_bt: jax.Array) -> jax.Array:
     ones_bt = jnp.ones_like(where_bt)
     if config.architecture == "encoder" and not config.mlm_head:
         x_btd = transformer.hidden(config, params, ids_bt, where_bt, ones_bt)
-        return transformer.pooled(config, params, x_btd) if config.n_classes else x_btd
+        if not config.n_classes:
+            return x_btd
+        return transformer.pooled(config, params, x_btd, ones_bt)
     both = config.architecture == "encoder_decoder"
     source = Source(ids_bt[:, ::-1], where_bt, ones_bt) if both else None
     return transformer.apply(config, params, ids_bt, source=source)

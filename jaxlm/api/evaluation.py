@@ -1,0 +1,124 @@
+"""How good a model is: `evaluate`, its rows, and two models compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.api.places import Say, quiet
+from jaxlm.api.weights import from_pretrained
+from jaxlm.files import append_jsonl, write_json
+from jaxlm.schema import UserError
+
+FORMAT = "jaxlm.evaluation/1"
+Row = dict[str, Any]
+
+
+def evaluate(
+    source: str | Path,
+    tasks: Sequence[str],
+    *,
+    against: str | Path | None = None,
+    limit: int = 0,
+    seed: int = 0,
+    out: str | Path | None = None,
+    say: Say = quiet,
+) -> dict[str, Any]:
+    """Scores what `from_pretrained(source)` gives on tasks, each 'NAME=PATH' (or 'NAME=hub').
+
+    Returns {"format", "model", "rows", "details"}: a row is {task, metric, value, ci95, n}, and,
+    with a second model `against`, {…, against, difference, difference_ci95, p}: this model minus
+    that one on the same items. `limit`: the first items of each task. `out`: a new folder for
+    evaluation.json and each task's answers. Raises UserError before a model is asked anything.
+    """
+    from jaxlm.evaluate import intervals
+    from jaxlm.tasks import answers, task
+
+    named = [_named(text) for text in tasks]
+    if not named:
+        raise UserError("--task: expected a task, as in --task=imdb=reviews.csv")
+    read = []
+    for label, name, path in named:
+        found = task.load(name)
+        read.append((label, found, task.read(found, path, limit)))
+        say(f"{label}: {len(read[-1][2]):,} items")
+    model = from_pretrained(source)
+    other = None if against is None else from_pretrained(against)
+    rows: list[Row] = []
+    details: dict[str, Any] = {}
+    for label, found, items in read:
+        mine = answers.answer(found, items, model)
+        theirs = None if other is None else answers.answer(found, items, other)
+        details[label] = mine.details
+        for (group, metric), scored in mine.scores.items():
+            row = {
+                "task": f"{label}/{group}" if group else label,
+                "metric": metric,
+                "value": scored.value,
+                "ci95": intervals.interval(scored, seed),
+                "n": scored.n,
+            }
+            if theirs is not None and (group, metric) in theirs.scores:
+                their = theirs.scores[group, metric]
+                pair = intervals.paired(their, scored, seed)
+                row |= {"against": their.value, "difference": pair["difference"],
+                        "difference_ci95": pair["ci95"], "p": pair["p"]}  # fmt: skip
+            rows.append(row)
+        if out is not None:
+            for record in mine.records:
+                append_jsonl(Path(out) / f"{_file(label)}.jsonl", record)
+    result = {"format": FORMAT, "model": str(source), "rows": rows, "details": details}
+    if out is not None:
+        write_json(Path(out) / "evaluation.json", result)
+    return result
+
+
+def lm_eval(
+    source: str | Path,
+    tasks: Sequence[str],
+    *,
+    include: str | None = None,
+    limit: int = 0,
+) -> dict[str, Any]:
+    """lm-eval's tasks by their names, and those of YAML files in the folder `include`; rows as
+    `evaluate` gives them, their interval ± 1.96 standard errors as lm-eval states these."""
+    from jaxlm.api.harness import JaxlmLM
+    from jaxlm.data.extras import library
+
+    harness = library("lm_eval", "eval")
+    manager = library("lm_eval.tasks", "eval").TaskManager(include_path=include)
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"--lm-eval: lm-eval has no task {unknown[0]!r}")
+    found = harness.simple_evaluate(
+        model=JaxlmLM(from_pretrained(source)), tasks=list(tasks), task_manager=manager,
+        limit=limit or None, bootstrap_iters=1000, log_samples=False,
+    )  # fmt: skip
+    rows = []
+    for name, values in found["results"].items():
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            error = values.get(f"{metric}_stderr,{filtered}")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            half = 1.96 * error if isinstance(error, float) else None
+            rows.append({
+                "task": name, "metric": metric if filtered == "none" else key, "value": value,
+                "ci95": None if half is None else [value - half, value + half],
+                "n": found["n-samples"].get(name, {}).get("effective"),
+            })  # fmt: skip
+    return {"format": FORMAT, "model": str(source), "rows": rows, "details": {}}
+
+
+def _named(text: str) -> tuple[str, str, str]:
+    """(label, task, path) of 'NAME=PATH'."""
+    name, _, path = text.partition("=")
+    label = Path(name).stem
+    if label == "text" and path:  # one for each domain
+        label = f"text/{Path(path).name}"
+    return label, name, path
+
+
+def _file(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label)

@@ -1,0 +1,51 @@
+"""Fine-tuning: `finetune`."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxlm.api.places import Say, quiet, workdir_of
+from jaxlm.api.runs import banner, checked_row, sending
+from jaxlm.config import Config
+from jaxlm.experiment import located
+from jaxlm.train.record import RunRecord
+from jaxlm.train.workdir import StopFlag
+
+
+def finetune(
+    config: Config,
+    workdir: str | Path,
+    *,
+    say: Say = quiet,
+    progress: Any = None,
+    stop: Any = None,
+) -> RunRecord:
+    """Train a model on `config.tune.examples` in `workdir`, from wherever it is; the same call
+    again goes on or does nothing. What is there then is a run like any other.
+
+    Raises UserError; JaxlmError if the run diverged; Stopped after SIGTERM or Ctrl-C (all saved).
+    """
+    from jaxlm import tuning
+    from jaxlm.train.step import check_names
+    from jaxlm.train.trackers import need
+
+    config = located(config)
+    start = Path(config.tune.start)
+    if config.tune.start and start.exists():  # a run with adapters is read from anywhere
+        config = replace(config, tune=replace(config.tune, start=str(start.resolve())))
+    check_names(config)
+    for tracker in config.train.track:
+        need(tracker)
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
+        folder, mirror = held.enter_context(workdir_of(workdir))
+        made = tuning.material(config)
+        n, m = len(made.training), len(made.held_out)
+        what = f", {len(made.labels)} classes" if made.labels else ""
+        say(f"examples: {n:,} to learn from, {m:,} held out{what}")
+        say(banner(made.config))
+        row = tuning.tune(made, folder, stop, sending(mirror, progress))
+        return checked_row(row, folder)

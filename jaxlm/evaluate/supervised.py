@@ -1,0 +1,67 @@
+"""Loss and accuracy on held-out examples, while a run goes on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import mesh
+from jaxlm.config import Config
+from jaxlm.data.examples import Examples
+from jaxlm.data.loader import Batch
+from jaxlm.train import step as steps
+from jaxlm.train.loop import Observer
+from jaxlm.train.objectives import CORRUPTIONS, corrupted
+
+ROWS = 32  # examples at a time
+
+
+def heldout(dataset: Examples, most: int) -> Observer:
+    """An observer that logs eval/loss, as the objective counts it and nothing dropped, and what the
+    objective sums besides (eval/accuracy); on at most `most` examples, evenly spaced."""
+    n = min(most, len(dataset))
+    batch = dataset.windows(np.arange(n) * len(dataset) // n)
+
+    def observe(config: Config, params: Any, step: int) -> list[dict[str, Any]]:
+        sums = totals(config, params, batch)
+        weight = sums.pop("weight")
+        row = {name.replace("train/", "eval/"): x / weight for name, x in sums.items()}
+        return [{"step": step, **row}]
+
+    return observe
+
+
+def totals(config: Config, params: Any, batch: Batch) -> dict[str, float]:
+    """eval/loss and the objective's other sums, summed over the examples' weights, and "weight"."""
+    devices, n = jax.sharding.get_mesh(), len(batch.tokens)
+    rows = min(ROWS, n)
+    rows += -rows % math.prod(devices.shape[a] for a in ("data", "fsdp"))
+    run = _totals(steps.static(config), devices)
+    total: dict[str, float] = {}
+    for i in range(0, n, rows):
+        part = jax.tree.map(lambda x, i=i: x[i : i + rows], batch)
+        more = rows - len(part.tokens)
+        part = jax.tree.map(lambda x, more=more: np.pad(x, ((0, more), (0, 0))), part)
+        for name, value in run(params, mesh.put_batch(part, devices)).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    return total
+
+
+@functools.lru_cache(maxsize=32)
+def _totals(config: Config, devices: Any) -> Any:
+    del devices  # part of the key: traced for the mesh that is set
+    config = steps.without_dropout(config)
+
+    def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        key = jax.random.key(0)
+        named = config.train.objective in CORRUPTIONS
+        seen = corrupted(config, batch, key) if named else batch
+        loss, sums = steps.objective(config)(config, params, seen, key)
+        return {"eval/loss": loss, "weight": jnp.sum(seen.weights), **sums}
+
+    return jax.jit(run)

@@ -1,0 +1,124 @@
+"""A task: where its items are, what a model is asked, and what is measured.
+
+A task is one small Python file with `get_task() -> Task`; `shipped` has some ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxlm import pyfile
+from jaxlm.evaluate import metrics
+from jaxlm.schema import UserError, hint
+
+HUB = "hub"  # in place of a path: fetch the data from where they are published
+
+KINDS = {
+    "choose": ("accuracy", "accuracy_per_token", "accuracy_per_byte", "macro_f1",
+               "calibration_error"),
+    "complete": ("accuracy", "perplexity"),
+    "write": (),  # whatever `metrics.written` knows
+    "read": ("perplexity", "bits_per_byte"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. Which fields it needs depends on the task's kind."""
+
+    prompt: str = ""
+    choices: tuple[str, ...] = ()  # choose: what may follow the prompt
+    labels: tuple[str, ...] = ()  # choose: what a classifier calls the choices; (): as they are
+    answer: int = -1  # choose: which one is right
+    references: tuple[str, ...] = ()  # complete, write: what is right; read: the text itself
+    text: str = ""  # choose: what a classifier reads; '': the prompt
+    group: str = ""  # language, domain, subject …: scored apart, too
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a model is asked.
+
+    choose: the likeliest of an item's choices, or a classifier's label; complete: is the reference
+    what greedy decoding writes; write: a text; read: how likely the reference is.
+    """
+
+    name: str
+    kind: Literal["choose", "complete", "write", "read"]
+    items: Callable[[str], Iterable[Item]]  # of a path or URL
+    metrics: tuple[str, ...]
+    home: str = ""  # URL of the data, fetched when asked for as NAME=hub
+    licence: str = ""  # of the data
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ("\n",)  # write: an answer ends before one of these
+    extract: Callable[[str], str] | None = None  # write: the answer in what was written
+
+
+def load(name: str) -> Task:
+    """A shipped task, or that of a 'file.py'. Raises UserError."""
+    from jaxlm.tasks.shipped import SHIPPED
+
+    if name in SHIPPED:
+        return checked(SHIPPED[name])
+    if not name.endswith(".py"):
+        raise UserError(f"--task: no {name!r}; {hint(name, SHIPPED)}, or a 'file.py' of your own")
+    module = pyfile.load(Path(name), "--task")
+    make = getattr(module, "get_task", None)
+    if make is None:
+        raise UserError(f"--task: {name} does not define get_task()")
+    with pyfile.told_by_line(module, "--task"):
+        task = make()
+    if not isinstance(task, Task):
+        raise UserError(f"--task: {name} returned {type(task).__name__}, not a Task")
+    return checked(task)
+
+
+def checked(task: Task) -> Task:
+    """`task`, if its kind and metrics are known. Raises UserError."""
+    if task.kind not in KINDS:
+        raise UserError(f"task {task.name}: no kind {task.kind!r}; {hint(task.kind, KINDS)}")
+    for name in task.metrics:
+        known = KINDS[task.kind]
+        if name not in known and not (task.kind == "write" and metrics.written(name)):
+            choices = known or ("exact_match", "f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
+            raise UserError(f"task {task.name}: no metric {name!r}; {hint(name, choices)}")
+    return task
+
+
+def read(task: Task, path: str, limit: int = 0) -> list[Item]:
+    """The task's items (the first `limit`, if any). Raises UserError, naming the item, for one that
+    is not whole."""
+    if path == HUB:
+        if not task.home:
+            raise UserError(f"task {task.name}: states no address; give a path, as in NAME=PATH")
+        path = task.home
+    if not path:
+        at = f" or --task={task.name}={HUB} to fetch {task.home}" if task.home else ""
+        raise UserError(f"task {task.name}: where are its data? --task={task.name}=PATH{at}")
+    items: list[Item] = []
+    for i, item in enumerate(task.items(path)):
+        wrong = _wrong(task, item)
+        if wrong:
+            raise UserError(f"task {task.name}: item {i} of {path} {wrong}")
+        items.append(item)
+        if limit and len(items) == limit:
+            break
+    if not items:
+        raise UserError(f"task {task.name}: no items in {path}")
+    return items
+
+
+def _wrong(task: Task, item: Item) -> str:
+    """What is missing in an item; '' where nothing is."""
+    if task.kind == "choose":
+        if len(item.choices) < 2 or not all(item.choices):
+            return "has fewer than two choices, or an empty one"
+        if not 0 <= item.answer < len(item.choices):
+            return f"has no right answer: {item.answer} of {len(item.choices)} choices"
+        return ""
+    if not item.references or not all(r.strip() for r in item.references):
+        return "has an empty reference"
+    return "" if item.prompt or task.kind == "read" else "has an empty prompt"

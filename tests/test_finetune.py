@@ -1,0 +1,237 @@
+"""Fine-tuning: heads, adapters, examples; a run that begins with another's weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small
+from test_main import call, refused
+
+import jaxlm
+from jaxlm import api, mesh
+from jaxlm.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TuneConfig,
+)
+from jaxlm.data import examples
+from jaxlm.model import lora, transformer
+from jaxlm.schema import UserError
+from jaxlm.train import parameters
+from jaxlm.train.optimizer import hyper
+from jaxlm.train.step import program
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly() -> Iterator[None]:
+    with small.compiled_quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts that are kind or not by one word."""
+    rng = np.random.default_rng(0)
+    filler = "the film was about a man and his dog in a town by the sea".split()  # noqa: SIM905
+    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
+    with path.open("w") as f:
+        for i in range(400):
+            words = rng.choice(filler, 12).tolist()
+            words[rng.integers(12)] = ("dull", "fine")[i % 2]
+            f.write(json.dumps({"text": " ".join(words), "label": ("no", "yes")[i % 2]}) + "\n")
+    return path
+
+
+def config(reviews: Path, **more) -> Config:
+    return replace(
+        Config(
+            model=ModelConfig(
+                architecture="encoder", d_model=16, n_layers=1, n_heads=2, vocab_size=256,
+                seq_len=16, pooling="mean", scan_layers=False,
+            ),
+            data=DataConfig(tokenizer="wordpiece", eval_fraction=0.3, max_epochs=20),
+            optimizer=OptimizerConfig(learning_rate=2e-2, schedule="linear"),
+            train=TrainConfig(steps=40, global_batch_size=16, objective="classify", log_every=20,
+                              eval_every=20, checkpoint_every=20, steps_per_dispatch=10),
+            tune=TuneConfig(examples=(str(reviews),)),
+        ),
+        **more,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize("pooling", ["first", "last", "mean", "each"])
+def test_a_head_reads_what_pooling_says_and_no_padding(pooling: str) -> None:
+    c = small.config({"n_classes": 3, "pooling": pooling, "seq_len": 12})
+    with small.on_mesh(c):
+        params = small.params(c)
+    x_btd = np.random.default_rng(1).normal(size=(3, 12, 8)).astype(np.float32)
+    lengths = [12, 5, 1]
+    segments = (np.arange(12) < np.array(lengths)[:, None]).astype(np.int32)
+    with small.on_mesh(c):
+        got = np.asarray(transformer.pooled(c.model, small.sharded(c, params), x_btd, segments))
+    w, b = params["classifier"]["weight"], params["classifier"]["bias"]
+    for x, n, row in zip(x_btd, lengths, got, strict=True):
+        of = {"first": x[0], "last": x[n - 1], "mean": x[:n].mean(0), "each": x}[pooling]
+        np.testing.assert_allclose(row, of @ w + b, rtol=2e-5, atol=2e-5)
+
+
+# ----------------------------------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_a_product_of_low_rank_for_every_kind_of_weight() -> None:
+    c = small.config({"activation": "swiglu", "n_kv_heads": 1})
+    how = LoraConfig(rank=2, alpha=6.0, on=("hidden",))
+    with small.on_mesh(c):
+        params = small.params(c)
+        adapters = jax.jit(lambda: lora.init(c.model, how, jax.random.key(0)))()
+        placed = small.sharded(c, params)
+        small.assert_near(lora.merged(c.model, how, placed, adapters), params)  # B is 0
+        adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+        got = jax.device_get(lora.merged(c.model, how, placed, adapters))
+    pairs = jax.device_get(adapters)["layers"]
+    cuts = {"attention": {"query": 1, "out": 2}, "feed_forward": {"gate": 1, "down": 1}}
+    for module, name, cut in ((m, n, cut) for m, c in cuts.items() for n, cut in c.items()):
+        w, pair = params["layers"][module][name], pairs[module][name]
+        n_in = int(np.prod(w.shape[1 : 1 + cut]))
+        a, b = pair["a"].reshape(2, n_in, 2), pair["b"].reshape(2, 2, -1)
+        want = w + 3.0 * np.einsum("lir,lro->lio", a, b).reshape(w.shape)
+        np.testing.assert_allclose(got["layers"][module][name], want, rtol=1e-5, atol=1e-5)
+    assert set(pairs["attention"]) == {"query", "key", "value", "out"}
+    with pytest.raises(UserError, match="did you mean 'query'"):
+        lora.table(c.model, LoraConfig(rank=2, on=("quary",)))
+
+
+def test_only_adapters_move_and_many_run_at_once() -> None:
+    c = small.config({"n_classes": 2, "pooling": "last"}, {"objective": "classify"},
+                     tune=TuneConfig(lora=LoraConfig(rank=2)))  # fmt: skip
+    batch = small.batch(c, steps=1)
+    batch = batch._replace(targets=batch.targets % 2)
+    with small.on_mesh(c):
+        base = small.params(c)
+        run = program(c)
+        state = run.init(hyper(c))
+        frozen = parameters.frozen(c, small.sharded(c, base))
+        state = state._replace(frozen=frozen)
+        placed = mesh.put_batch(batch, jax.sharding.get_mesh(), leading=1)
+        moved, metrics = run.chunk(hyper(c), state, placed)
+        frozen = moved.frozen  # the state before was donated
+        assert np.isfinite(metrics["train/loss"]).all()
+        small.assert_near(moved.frozen, {k: v for k, v in base.items() if k != "classifier"})
+        b = jax.device_get(moved.params["adapters"]["layers"]["attention"]["query"]["b"])
+        assert np.abs(b).max() > 0
+        # Three adapters in one forward: each as if it were alone.
+        several = [jax.tree.map(lambda x, k=k: x * k, moved.params) for k in (0.0, 1.0, 2.0)]
+        stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *several)
+        tokens = batch.tokens[0]
+
+        def forward(params, frozen=frozen):
+            whole = parameters.whole(c, params, frozen)
+            return transformer.apply(c.model, whole, tokens)
+
+        together = np.asarray(jax.jit(jax.vmap(forward))(stacked))
+        one = jax.jit(forward)
+        for params, logits in zip(several, together, strict=True):
+            np.testing.assert_allclose(np.asarray(one(params)), logits, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- examples
+
+
+def test_equal_texts_stand_on_one_side(reviews: Path) -> None:
+    found = examples.read([str(reviews)], "text", "label")
+    training, held_out = examples.split(found, 0.3)
+    assert not {e.input for e in training} & {e.input for e in held_out}
+    assert 0.2 < len(held_out) / len(found) < 0.4
+    again = examples.split(found[::-1], 0.3)[1]
+    assert {e.input for e in again} == {e.input for e in held_out}
+    assert examples.classes(training, held_out) == ("no", "yes")
+
+
+def test_bad_examples_are_told_before_anything_runs(
+    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(text: str, **more) -> str:
+        (tmp_path / "x.jsonl").write_text(text)
+        c = config(tmp_path / "x.jsonl")
+        c = replace(c, **more)
+        with pytest.raises(UserError) as e:
+            api.finetune(c, tmp_path / "run")
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        return str(e.value)
+
+    good = reviews.read_text()
+    assert "no field 'label'" in said(good + '{"text": "a"}\n')
+    assert "record 400 has no 'label'" in said(good + '{"text": "a", "label": null}\n')
+    assert "empty 'text'" in said(good + '{"text": " ", "label": "no"}\n')
+    alone = next(f"odd {i}" for i in range(99) if examples.is_held_out(f"odd {i}", 0.3))
+    line = json.dumps({"text": alone, "label": "maybe"})
+    assert "'maybe' is in held-out examples alone" in said(good + line + "\n")
+    assert "2 to 1000 classes" in said(good.replace('"yes"', '"no"'))
+    assert "expected files" in said(good, tune=TuneConfig())
+    bad = replace(config(reviews).tune, lora=LoraConfig(rank=2), examples=(str(reviews),))
+    assert "tune.start" in said(good, tune=bad)
+    tuned = replace(config(reviews).train, objective="masked_lm")
+    assert "not learnt from examples" in said(good, train=tuned)
+
+
+def test_a_classifier_learns_and_is_evaluated_and_adapted(
+    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from jaxlm.config import *\nfrom jaxlm.model_config import *\n"
+        f"def get_config():\n    return {config(reviews)!r}\n"
+    )
+    where = [f"--config={own}", f"--workdir={tmp_path / 'whole'}"]
+    assert call("finetune", *where, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert "jaxlm finetune" in refused(capsys, "train", *where)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
+    found = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
+    assert len(found) == 2 and found[-1] >= 0.95 and whole["loss"] < 0.3
+    again = api.finetune(config(reviews), tmp_path / "whole")
+    assert again.wall_time_s == whole["wall_time_s"]  # nothing was left to do
+
+    model = jaxlm.from_pretrained(tmp_path / "whole")
+    assert model.labels == ("no", "yes")
+    logits = model.classify(["the film was fine", "a dull town"])
+    assert logits.argmax(1).tolist() == [1, 0]
+    task = tmp_path / "kind.py"
+    task.write_text(
+        "from jaxlm.data.rows import rows\nfrom jaxlm.tasks.task import Item, Task\n"
+        "def items(path):\n"
+        "    for r in rows(path):\n"
+        "        yield Item(r['text'], ('no', 'yes'), answer=('no', 'yes').index(r['label']))\n"
+        "def get_task():\n"
+        "    return Task('kind', 'choose', items, ('accuracy', 'macro_f1'))\n"
+    )
+    scores = api.evaluate(tmp_path / "whole", [f"{task}={reviews}"])
+    assert all(r["value"] >= 0.95 and r["n"] == 400 for r in scores["rows"])
+    assert np.sum(scores["details"]["kind"]["confusion"]["right_by_said"]) == 400
+
+    # From its weights, with adapters: the same labels keep their classifier.
+    c = config(reviews)
+    tuned = replace(c.tune, start=str(tmp_path / "whole"), lora=LoraConfig(rank=2))
+    short = replace(c.train, steps=10, eval_every=10, checkpoint_every=10)
+    c = replace(c, tune=tuned, train=short, model=ModelConfig())
+    row = api.finetune(c, tmp_path / "lora")
+    assert row.loss < 0.3 and row.d_model == 16
+    adapted = jaxlm.from_pretrained(tmp_path / "lora")
+    assert adapted.classify(["the film was fine"]).argmax() == 1
+    stored = list((tmp_path / "lora" / "checkpoints" / "10").rglob("*"))
+    size = sum(p.stat().st_size for p in stored if p.is_file())
+    full = sum(p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    assert size < full / 2
