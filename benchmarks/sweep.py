@@ -38,7 +38,7 @@ def with_jaxlm(sweep: Any, folder: Path) -> dict[str, float]:
 
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")  # cold
     began = time.perf_counter()
-    stages.plan(sweep, folder, print)
+    stages.check(sweep, folder, print)
     members = stages.claim(sweep, folder)
     stages.run_ladder(sweep, folder, members)
     return {"wall_s": time.perf_counter() - began}

@@ -275,6 +275,12 @@ class Sweep:
     sample_prompts: tuple[str, ...] = doc((), "continued by the best model when all is done")
     bootstrap: int = doc(1000, "resamples for the intervals")
     workers: int = doc(0, "processes; 0: one per core on CPU, one elsewhere")
+    engine: Literal["local", "ray"] = doc(
+        "local", "where members run: processes here, or a Ray cluster that shares the folder"
+    )
+    resources: tuple[tuple[str, float], ...] = doc(
+        (("CPU", 1.0),), "ray: what one worker asks of a node, as (('TPU', 4.0),)"
+    )
     population: Literal["auto", "on", "off"] = doc(
         "auto", "train members of one shape as one vmapped program; auto: not on CPU"
     )

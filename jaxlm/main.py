@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from jaxlm.commands import data, evaluation, laws, machine, runs, weights
+from jaxlm.commands import data, evaluation, jobs, laws, machine, plans, runs, weights
 from jaxlm.config import Config, Sweep
 from jaxlm.schema import JaxlmError, UserError, describe, hint
 
-VERBS = runs.VERBS | data.VERBS | weights.VERBS | evaluation.VERBS | laws.VERBS | machine.VERBS
+_GROUPS = (runs, plans, data, weights, evaluation, laws, jobs, machine)
+VERBS = {name: command for group in _GROUPS for name, command in group.VERBS.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax import P
 
+from jaxlm.chips import chip_of
 from jaxlm.config import Config, MeshConfig
 from jaxlm.schema import UserError
 
@@ -43,6 +44,13 @@ def spec(axes: Sequence[str | None], gathered: bool = False) -> P:
     """PartitionSpec of an array with these logical axes; `gathered`: as used, without fsdp."""
     mesh_axes = [RULES[a] if a is not None else None for a in axes]
     return P(*[None if gathered and m == "fsdp" else m for m in mesh_axes])
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': what the mesh that is set is made of, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return "tpu" if kind.startswith("TPU") else "cpu" if kind.lower() == "cpu" else "gpu"
 
 
 def sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
@@ -116,19 +124,7 @@ def put_batch(tree: Any, mesh: jax.sharding.Mesh, leading: int = 0) -> Any:
     return jax.tree.map(put, tree)
 
 
-# Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets.
-_PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-}
-
-
 def peak_flops() -> float:
     """Peak FLOP/s of all devices together; 0.0 where it is not known (a CPU)."""
-    kind = jax.devices()[0].device_kind
-    known = [name for name in _PEAK_FLOPS if kind.startswith(name)]
-    return _PEAK_FLOPS[max(known, key=len)] * jax.device_count() if known else 0.0
+    chip = chip_of(jax.devices()[0].device_kind)
+    return chip.flops_per_s * jax.device_count() if chip else 0.0

@@ -114,23 +114,55 @@ class Lines:
             f" {_clock(row.wall_time_s)}"
         )
 
-    def plan(self, plan: Any) -> None:
+    def lint(self, found: Any) -> None:
         self._clear()
         head = ("run", "role", "d_model", "layers", "N effective", "tokens", "D/N", "steps")
         rows = [
             (r.name, r.role, r.d_model, r.n_layers, f"{r.params_effective:,.0f}", f"{r.tokens:,}",
              f"{r.tokens / r.params_effective:.0f}", f"{r.steps:,}", f"{r.epochs:.2f}",
              f"{r.flops:.2e}")
-            for r in plan.rows
+            for r in found.rows
         ]  # fmt: skip
         self._table((*head, "epochs", "FLOPs"), rows)
-        for warning in plan.warnings:
+        for warning in found.warnings:
             self.say(f"lint: {warning}")
         self.say(
-            f"{len(plan.rows)} runs, {plan.flops:.3g} FLOPs,"
-            f" about {_clock(plan.seconds)} at {plan.flops_per_second / 1e9:.0f} GFLOP/s;"
-            f" {plan.checkpoint_bytes / 2**20:,.0f} MiB of checkpoints until it is done"
+            f"{len(found.rows)} runs, {found.flops:.3g} FLOPs,"
+            f" {found.checkpoint_bytes / 2**20:,.0f} MiB of checkpoints until it is done;"
+            " 'jaxlm plan' tells how long it takes"
         )
+
+    def plan(self, found: dict[str, Any]) -> None:
+        """Of `api.plan`."""
+        self._clear()
+        steps = found["steps"]
+        if steps:
+            head = ("step", "parameters", "mesh", "fits", "GiB of limit", "bound by", "MFU at most")
+            self._table((*head, "hours", "USD"), [_plan_row(s) for s in steps])
+        for step in steps if len(steps) == 1 else ():
+            self._collectives(step)
+        for step in steps:
+            for line in [step["refused"], *step["advice"]]:
+                if line:
+                    self.say(f"{step['runs'][0]}: {line}")
+        for warning in found.get("warnings", ()):
+            self.say(f"lint: {warning}")
+        if "wall" in found:
+            w = found["wall"]
+            held = f" and the held-out run {_clock(w['holdout_s'])}" if w["holdout_s"] else ""
+            self.say(f"about {_clock(w['seconds'])} here with {w['workers']} workers:"
+                     f" the ladder {_clock(w['ladder_s'])}{held}")  # fmt: skip
+        if found["epochs"] is not None:
+            there = f"{found['train_tokens']:,} there are, {found['epochs']:.2f} times"
+            self.say(f"{found['tokens']:,} tokens; the longest run sees those {there}")
+
+    def _collectives(self, step: dict[str, Any]) -> None:
+        if step["collectives"]:
+            rows = [
+                (c["kind"], " + ".join(c["axes"]), f"{c['count']:,.0f}", f"{c['bytes'] / 1e6:,.2f}")
+                for c in step["collectives"]
+            ]
+            self._table(("collective", "mesh axes", "a step", "MB a step and device"), rows)
 
     def tokenizers(self, rows: Sequence[dict[str, Any]]) -> None:
         """What each tokenizer makes of each language, and of one sentence."""
@@ -217,6 +249,22 @@ class Lines:
 
 def _band(bounds: Sequence[float] | None) -> str:
     return "–" if bounds is None else f"{bounds[0]:.4g} … {bounds[1]:.4g}"
+
+
+def _plan_row(step: dict[str, Any]) -> tuple[str, ...]:
+    m, bound = step["memory_gib"], step["roofline"]
+    more = f" and {len(step['runs']) - 1} more" if len(step["runs"]) > 1 else ""
+    return (
+        step["runs"][0] + more,
+        f"{step['params']:,}",
+        " × ".join(f"{a} {n}" for a, n in step["mesh"].items() if n > 1) or "1",
+        f"{'yes' if step['fits'] else 'NO'} ({step['told_by']})",
+        f"{m['peak']:.2f} of {step['hbm_limit_gib']:.2f}" if m else "–",
+        bound["bound_by"] if bound else "–",
+        f"{step['mfu_bound']:.0%}" if bound else "–",
+        f"{step['hours']:,.4g}",
+        "–" if step["price"] is None else f"{step['price']:,.2f}",
+    )
 
 
 def _clock(seconds: float) -> str:

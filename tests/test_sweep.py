@@ -263,3 +263,18 @@ def test_workers_and_parents_that_are_killed_or_stopped_lose_nothing(tmp_path, c
     data = dataclasses.replace(sweep.base.data, dir=str(folder / "data"))
     lone = api.train(dataclasses.replace(longest.config, data=data), tmp_path / "alone")
     assert record.read(folder / "runs" / longest.name).loss == pytest.approx(lone.loss, rel=1e-2)
+
+
+def test_shares_of_a_sweep_leave_only_the_rest_to_do(tmp_path, capsys):
+    path, folder = experiment(tmp_path / "mine", SHORT), tmp_path / "sweep"
+    arguments = ("sweep", f"--config={path}", f"--workdir={folder}")
+    names = [m.name for m in ladder.members(experiments.load(path))]
+    for i in range(2):
+        assert exits(*arguments, f"--index={i}/2") == 0
+        there = {r.parent.name for r in folder.glob("runs/*/record.json")}
+        assert len(there) == i + 1 and there <= set(names)
+    made = {r: r.stat().st_mtime_ns for r in folder.glob("runs/*/record.json")}
+    assert exits(*arguments) == 0 and (folder / "report.html").exists()
+    assert made == {r: r.stat().st_mtime_ns for r in folder.glob("runs/*/record.json")}
+    assert exits(*arguments, "--index=2/2") == 2
+    assert "expected i/n with 0 ≤ i < n" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_a_branch_is_bitwise_the_run_alone(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     (alone := tmp_path / "alone").mkdir()
     folder.mkdir()
-    stages.plan(asked, folder, lambda line: None)
+    stages.check(asked, folder, lambda line: None)
     planned = stages.claim(asked, folder)
     stages.run_ladder(asked, folder, planned)
     rows = [stages.member_row(m) for m in planned[:2]]

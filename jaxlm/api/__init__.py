@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from jaxlm.api.evaluation import evaluate, lm_eval
 from jaxlm.api.laws import compare, coordcheck, fit, fit_laws, plot_fit
-from jaxlm.api.runs import banner, plan, report, summary, sweep, train
+from jaxlm.api.plans import plan
+from jaxlm.api.runs import banner, lint, report, summary, sweep, sweep_share, train
 from jaxlm.api.tuning import finetune
 from jaxlm.api.weights import export, from_pretrained, generate, inspect
 
@@ -23,11 +24,13 @@ __all__ = [
     "from_pretrained",
     "generate",
     "inspect",
+    "lint",
     "lm_eval",
     "plan",
     "plot_fit",
     "report",
     "summary",
     "sweep",
+    "sweep_share",
     "train",
 ]

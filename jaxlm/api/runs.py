@@ -1,4 +1,4 @@
-"""Making runs: `train`, `sweep`, and what is planned and reported of them."""
+"""Making runs: `train`, `sweep`, and what is checked and reported of them."""
 
 from __future__ import annotations
 
@@ -134,10 +134,10 @@ def sweep(
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
         folder, mirror = held.enter_context(workdir_of(workdir))
-        plan = stages.plan(sweep, folder, say, data_progress)
+        found = stages.check(sweep, folder, say, data_progress)
         planned = stages.claim(sweep, folder)
         mirror.push()
-        for warning in plan.warnings:
+        for warning in found.warnings:
             say(f"lint: {warning}")
         say(f"ladder: {len(planned)} runs")
         how = {"stop": stop, "progress": _sending_members(mirror, progress)}
@@ -159,6 +159,40 @@ def sweep(
         if unscored is not None:
             raise unscored
     return page
+
+
+def sweep_share(
+    sweep: Sweep,
+    workdir: str | Path,
+    index: tuple[int, int],
+    *,
+    say: Say = print,
+    progress: Any = None,
+    stop: Any = None,
+) -> int:
+    """Run share i of n of a sweep's members, `index` = (i, n) with i from 0, in a folder on disk
+    that others with other shares are at work in; `sweep` does what is left. Returns how many.
+
+    Raises UserError; JaxlmError when members failed, and after a signal (all saved).
+    """
+    from jaxlm.scaling import sweep as stages
+    from jaxlm.scaling.workers import flops, run_members
+
+    sweep, (i, n) = located(sweep), index
+    if not 0 <= i < n:
+        raise UserError(f"--index: expected i/n with 0 ≤ i < n, got {i}/{n}")
+    if sweep.branches:
+        raise UserError("--index: expected config.branches=False: its runs wait for their trunks")
+    if Mirror(workdir).remote:
+        raise UserError(f"--workdir: expected a folder that all shares see, got {workdir}")
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
+        folder = held.enter_context(folder_of(workdir))
+        stages.check(sweep, folder, say)
+        planned = sorted(stages.claim(sweep, folder), key=lambda m: -flops(m))[i::n]
+        say(f"share {i} of {n}: {len(planned)} runs")
+        run_members(sweep, folder, planned, stop, progress or (lambda board: None))
+    return len(planned)
 
 
 def _current_page(folder: Path) -> Path:
@@ -186,12 +220,13 @@ def _sending_members(mirror: Mirror, progress: Any) -> Any:
     return call
 
 
-def plan(sweep: Sweep, workdir: str | Path, *, say: Say = print, data_progress: Any = None) -> Any:
-    """Lint and cost of every member (`lint.Plan`); only the token shards are made."""
+def lint(sweep: Sweep, workdir: str | Path, *, say: Say = print, data_progress: Any = None) -> Any:
+    """What is wrong with every member and what it costs (`lint.Found`); only the token shards are
+    made."""
     from jaxlm.scaling import sweep as stages
 
     with workdir_of(workdir) as (folder, _):
-        return stages.plan(located(sweep), folder, say, data_progress)
+        return stages.check(located(sweep), folder, say, data_progress)
 
 
 def summary(folder: Path) -> dict[str, Any]:

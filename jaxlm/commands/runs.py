@@ -21,6 +21,7 @@ def _flags_train(values: flags.FlagValues) -> None:
 def _flags_sweep(values: flags.FlagValues) -> None:
     experiment_flags(values)
     flags.DEFINE_boolean("dry-run", False, "lint and cost, nothing is run", flag_values=values)
+    flags.DEFINE_string("index", "", "i/n: this share of the members only", flag_values=values)
 
 
 def _flags_quickstart(values: flags.FlagValues) -> None:
@@ -97,8 +98,18 @@ def _sweep(values: Flags, overrides: list[tuple[str, str]]) -> int:
 
     out = show.Lines(to_stderr=values["json"])
     if values["dry-run"]:
-        plan = api.plan(sweep, values["workdir"], say=out.say, data_progress=out.data)
-        print(json.dumps(show.plain(plan))) if values["json"] else out.plan(plan)
+        found = api.lint(sweep, values["workdir"], say=out.say, data_progress=out.data)
+        print(json.dumps(show.plain(found))) if values["json"] else out.lint(found)
+        return 0
+    if values["index"]:
+        i, slash, n = values["index"].partition("/")
+        if not (slash and i.isdigit() and n.isdigit()):
+            raise UserError(f"--index: expected i/n, as in 0/8, got {values['index']!r}")
+        with StopFlag() as stop:
+            api.sweep_share(
+                sweep, values["workdir"], (int(i), int(n)), say=out.say, progress=out.board,
+                stop=stop,
+            )  # fmt: skip
         return 0
     with StopFlag() as stop:
         page = api.sweep(

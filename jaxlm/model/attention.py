@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.mesh import spec
+from jaxlm.mesh import platform, spec
 from jaxlm.model import kernels
 
 NEGATIVE = -1e30  # finite: a row without any allowed key must not become NaN
@@ -57,7 +57,7 @@ def attend(
     if implementation == "splash":
         y_bgrtk = kernels.splash(
             q_bgrtk, k_bgsk, v_bgsk, segments_bt, causal, window, soft_cap,
-            interpret=jax.default_backend() == "cpu",
+            interpret=platform() == "cpu",
         )  # fmt: skip
         return _by_time(y_bgrtk)
     in_blocks = implementation == "blocks" and causal and itself and prefix_bs is None
@@ -96,10 +96,9 @@ def _seen(
 
 def _suited(tiles: bool, plain: bool) -> Literal["blocks", "dot_product", "splash"]:
     """The platform's kernel, if it can do what is asked."""
-    platform = jax.default_backend()
-    if platform == "tpu" and tiles:
+    if platform() == "tpu" and tiles:
         return "splash"
-    return "dot_product" if platform == "gpu" and plain else "blocks"
+    return "dot_product" if platform() == "gpu" and plain else "blocks"
 
 
 def _by_time(y_bgrtk: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import P
 
 from jaxlm.config import ModelConfig
-from jaxlm.mesh import spec
+from jaxlm.mesh import platform, spec
 from jaxlm.model import stacks
 from jaxlm.model.layers import Cache, Context, Memory
 from jaxlm.model.moe import Sums
@@ -89,7 +89,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
 def compute_dtype(config: ModelConfig) -> Any:
     if config.compute_dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if platform() == "cpu" else jnp.bfloat16
     return jnp.dtype(config.compute_dtype)
 
 

@@ -17,7 +17,6 @@ from jaxlm.schema import UserError
 from jaxlm.train.record import RunRecord
 from jaxlm.train.step import check_names
 
-CPU_FLOPS_PER_SECOND = 50e9  # two cores at ladder sizes, compilation included
 FAR_OFF = 6.0  # robust standard deviations, beyond which a run is shown as an outlier
 TOKENS_PER_PARAM = 20.0  # Hoffmann et al. 2022: where a budget's minimum is expected
 
@@ -40,10 +39,9 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Found:
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
-    flops_per_second: float  # of all workers together, as measured or assumed
 
     @property
     def flops(self) -> float:
@@ -54,12 +52,8 @@ class Plan:
         """Of all members together, until the sweep is done (`sweep.keep_checkpoints`)."""
         return sum(r.checkpoint_bytes for r in self.rows)
 
-    @property
-    def seconds(self) -> float:
-        return self.flops / self.flops_per_second
 
-
-def lint(sweep: Sweep, train_tokens: int | None = None) -> Plan:
+def lint(sweep: Sweep, train_tokens: int | None = None) -> Found:
     """Every run with its cost, and warnings. Raises UserError for what cannot work at all.
 
     `train_tokens`: tokens in the train split, if known; a run that needs more than
@@ -73,7 +67,7 @@ def lint(sweep: Sweep, train_tokens: int | None = None) -> Plan:
     _need_text(sweep, [*planned, *held_out], train_tokens)
     planned += held_out[-1:]
     rows = tuple(_row(m, train_tokens) for m in planned)
-    return Plan(rows, tuple(_warnings(sweep, rows)), CPU_FLOPS_PER_SECOND)
+    return Found(rows, tuple(_warnings(sweep, rows)))
 
 
 def _epochs(config: Config, train_tokens: int) -> float:

@@ -31,7 +31,7 @@ from jaxlm.files import plain, read_json, read_jsonl, write_json
 from jaxlm.model.scale import size as model_size
 from jaxlm.scaling import laws, reuse, runs, trunk
 from jaxlm.scaling.ladder import Member, holdout, members
-from jaxlm.scaling.lint import Plan, after, lint
+from jaxlm.scaling.lint import Found, after, lint
 from jaxlm.scaling.workers import run_members
 from jaxlm.schema import JaxlmError, UserError, to_dict
 from jaxlm.train import record
@@ -40,7 +40,7 @@ from jaxlm.train.record import RunRecord
 Say = Callable[[str], None]
 
 
-def plan(sweep: Sweep, folder: Path, say: Say, progress: Any = None) -> Plan:
+def check(sweep: Sweep, folder: Path, say: Say, progress: Any = None) -> Found:
     """Builds the data if needed and lints. Raises UserError."""
     lint(sweep)  # what needs no data fails before data is read
     manifest = shards.build(sweep.base.data, sweep.base.text_ids, data_dir(sweep, folder), progress)
@@ -84,7 +84,16 @@ def claim(sweep: Sweep, folder: Path) -> list[Member]:
     return planned
 
 
-_MAY_CHANGE = ("name", "workers", "population", "keep_checkpoints", "sample_prompts", "reuse")
+_MAY_CHANGE = (
+    "name",
+    "workers",
+    "engine",
+    "resources",
+    "population",
+    "keep_checkpoints",
+    "sample_prompts",
+    "reuse",
+)
 
 
 def member_row(m: Member) -> dict[str, Any]:

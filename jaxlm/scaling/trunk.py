@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, Sweep, validate
-from jaxlm.files import read_jsonl, write_bytes, write_json
+from jaxlm.files import read_jsonl, write_bytes
 from jaxlm.scaling.ladder import Member
-from jaxlm.scaling.workers import run_members
-from jaxlm.schema import UserError, to_dict
+from jaxlm.scaling.workers import run_apart
+from jaxlm.schema import UserError
 from jaxlm.train import record
 
 _PIECES = 4  # checkpoints of a trunk before its first branch: how finely branches may start
@@ -100,19 +100,7 @@ def grow(sweep: Sweep, folder: Path, trunks: Sequence[Trunk], data_dir: Path, **
     if not waiting:
         return
     wood = folder / "trunks"
-    base = dataclasses.replace(
-        sweep.base, data=dataclasses.replace(sweep.base.data, dir=str(data_dir.resolve()))
-    )
-    inner = dataclasses.replace(sweep, base=base)
-    members = [Member(t.config, "trunk", 0.0) for t in waiting]
-    rows = [{"name": m.name, "role": m.role, "budget": 0.0, "config": to_dict(m.config)}
-            for m in members]  # fmt: skip
-    wood.mkdir(parents=True, exist_ok=True)
-    write_json(
-        wood / "sweep.json",
-        {"format": "jaxlm.sweep/1", "sweep": to_dict(inner), "members": rows},
-    )
-    run_members(inner, wood, members, **how)
+    run_apart(sweep, wood, [Member(t.config, "trunk", 0.0) for t in waiting], data_dir, **how)
     for t in waiting:
         for name, step in t.starts.items():
             if _waits(folder, name):

@@ -8,6 +8,7 @@ ends when stdin closes, so it cannot outlive its parent.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -24,9 +25,10 @@ from typing import Any
 from jaxlm import mesh
 from jaxlm.config import Config, Sweep
 from jaxlm.experiment import fingerprint
+from jaxlm.files import write_json
 from jaxlm.model.scale import size
 from jaxlm.scaling.ladder import Member
-from jaxlm.schema import JaxlmError, UserError
+from jaxlm.schema import JaxlmError, UserError, to_dict
 from jaxlm.train import record
 
 Progress = Callable[["Board"], None]
@@ -76,14 +78,35 @@ def run_members(
     if not left:
         return
     groups = sorted(_groups(sweep, left), key=lambda g: -sum(flops(m) for m in g))
-    _Pool(sweep, folder, groups, board, progress).run(stop)
+    _pool(sweep)(sweep, folder, groups, board, progress).run(stop)
     lost = [m.name for m in left if not _is_done(folder, m)]
     if lost:
         raise JaxlmError(f"{folder}: {len(lost)} members have no record, first {lost[0]}")
 
 
+def run_apart(
+    sweep: Sweep, folder: Path, planned: Sequence[Member], data_dir: Path, **how: Any
+) -> None:
+    """`run_members` in a folder of their own, reading the shards in `data_dir`."""
+    data = dataclasses.replace(sweep.base.data, dir=str(data_dir.resolve()))
+    inner = dataclasses.replace(sweep, base=dataclasses.replace(sweep.base, data=data))
+    rows = [{"name": m.name, "role": m.role, "budget": m.budget, "config": to_dict(m.config)}
+            for m in planned]  # fmt: skip
+    body = {"format": "jaxlm.sweep/1", "sweep": to_dict(inner), "members": rows}
+    write_json(folder / "sweep.json", body)
+    run_members(inner, folder, planned, **how)
+
+
 def flops(member: Member) -> float:
     return float(size(member.config.model).flops_per_token * member.config.tokens)
+
+
+def _pool(sweep: Sweep) -> Any:
+    if sweep.engine == "local":
+        return _Pool
+    from jaxlm.scaling.ray_pool import RayPool
+
+    return RayPool
 
 
 def _is_done(folder: Path, member: Member) -> bool:
@@ -115,7 +138,8 @@ def on_cpu() -> bool:
 
 def _groups(sweep: Sweep, left: Sequence[Member]) -> list[list[Member]]:
     """Members of one shape and horizon together where a population is wanted, else one by one."""
-    if sweep.population == "off" or (sweep.population == "auto" and on_cpu()):
+    cpu = on_cpu() if sweep.engine == "local" else set(dict(sweep.resources)) <= {"CPU"}
+    if sweep.population == "off" or (sweep.population == "auto" and cpu):
         return [[m] for m in left]
     from jaxlm.train.step import static
 
@@ -146,7 +170,7 @@ class _Pool:
         # come out in other last bits for it.
         alone = all(m.role == "holdout" for g in groups for m in g)
         configs = [m.config for group in groups for m in group]
-        self.environment = worker_environment(alone, configs)
+        self.environment = worker_environment(cores() if alone else 1, configs, on_cpu())
         self.workers = [self._spawn() for _ in range(n)]
 
     def run(self, stop: Any) -> None:
@@ -156,7 +180,7 @@ class _Pool:
             while self.workers:
                 self.progress(self.board)
                 if stop:
-                    raise _stopped(stop)
+                    raise stopped(stop)
                 try:
                     worker, message = self.inbox.get(timeout=0.2)
                 except queue.Empty:
@@ -259,31 +283,31 @@ class _Pool:
                 worker.process.kill()
 
 
-def _stopped(stop: Any) -> JaxlmError:
+def stopped(stop: Any) -> JaxlmError:
     error = JaxlmError("stopped, saved; the same command goes on from there")
     error.exit_code = getattr(stop, "exit_code", 1)
     return error
 
 
-def worker_environment(alone: bool, configs: Sequence[Config]) -> dict[str, str]:
+def worker_environment(devices: int, configs: Sequence[Config], cpu: bool) -> dict[str, str]:
     """The parent's environment and import path, a worker on a CPU kept to one thread per device.
 
     XLA's thread pool stalls tiny models; two single-threaded processes carry twice one process
-    with two threads. A worker that is `alone` has one such device per core and splits its batch.
+    with two threads. A worker that is alone has one such device per core (`devices`, if the mesh
+    allows) and splits its batch.
     """
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    if on_cpu():
-        devices = _devices(configs, cores() if alone else 1)
+    if cpu:
         env["JAX_PLATFORMS"] = "cpu"
-        if not alone:
+        if devices == 1:
             env["NPROC"] = "1"  # XLA's pool: else each worker also runs operations on others' cores
         env["XLA_FLAGS"] = " ".join(
             [
                 env.get("XLA_FLAGS", ""),
                 "--xla_cpu_multi_thread_eigen=false",
                 "--xla_backend_optimization_level=1",  # the same speed, a third less to compile
-                f"--xla_force_host_platform_device_count={devices}",
+                f"--xla_force_host_platform_device_count={_devices(configs, devices)}",
             ]
         ).strip()
     return env

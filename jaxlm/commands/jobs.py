@@ -1,0 +1,42 @@
+"""Jobs on other machines: `jaxlm launch start|logs|status|stop --config=job.py`."""
+
+from __future__ import annotations
+
+import json
+
+from absl import flags
+
+from jaxlm.commands.common import Command, Flags
+from jaxlm.schema import UserError, hint
+
+ACTIONS = ("start", "logs", "status", "stop")
+
+
+def _flags_launch(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("source", "start", "", flag_values=values)
+    flags.DEFINE_string("config", None, "job file, with get_job()", flag_values=values)
+    flags.DEFINE_boolean("dry-run", False, "print the commands, run nothing", flag_values=values)
+    flags.DEFINE_boolean("json", False, "with --dry-run: the commands as JSON", flag_values=values)
+
+
+def _launch(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import launch, show
+
+    action = values["source"]
+    if action not in ACTIONS:
+        raise UserError(f"jaxlm launch: no such action: {action!r}; {hint(action, ACTIONS)}")
+    if not values["config"]:
+        raise UserError("--config: expected a job file, as in --config=job.py")
+    steps = launch.commands(launch.load(values["config"], overrides), action)
+    if not values["dry-run"]:
+        launch.run(steps, show.Lines(to_stderr=True).say)
+    elif values["json"]:
+        print(json.dumps([show.plain(step) for step in steps]))
+    else:
+        print(launch.shown(steps))
+    return 0
+
+
+VERBS = {
+    "launch": Command(_launch, _flags_launch, "a job on TPU VMs, GKE, Ray, Slurm or here"),
+}

@@ -1,0 +1,103 @@
+"""Memory and collectives of a step, reckoned without a compiler: for GPUs, and to rank a search.
+
+What jaxlm's own step does, counted (`model.parts.use` gathers a parameter over fsdp where it is
+used; `mesh.RULES` says which axis cuts which dimension), and not what a compiler makes of it:
+against TPU's compiler it is compared in docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+
+from jaxlm.config import Config
+from jaxlm.mesh import RULES
+from jaxlm.model.transformer import Declared, table
+from jaxlm.planning.hlo import Collective
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Elements of parameters on one device: as stored, and as used (gathered over fsdp); of all
+    and of one scanned layer."""
+
+    stored: float
+    used: float
+    layer_used: float
+    n_layers: int
+
+
+def weights(config: Config, shape: dict[str, int]) -> Weights:
+    rows = jax.tree.leaves(table(config.model), is_leaf=lambda x: isinstance(x, Declared))
+    stored = used = layer = 0.0
+    for row in rows:
+        stored += math.prod(row.shape) / _cut(row, shape, gathered=False)
+        here = math.prod(row.shape) / _cut(row, shape, gathered=True)
+        used += here
+        layer += here / row.shape[0] if row.axes[0] == "layers" else 0.0
+    both = config.model.architecture == "encoder_decoder"
+    n = config.model.n_layers + (config.model.encoder_layers if both else 0)
+    return Weights(stored, used, layer / (2 if both else 1), n)
+
+
+def _cut(row: Declared, shape: dict[str, int], gathered: bool) -> int:
+    """Pieces that a parameter lies in."""
+    rules = [RULES[axis] for axis in row.axes]
+    names = [n for r in rules if r is not None for n in ((r,) if isinstance(r, str) else r)]
+    return math.prod(shape[n] for n in names if not (gathered and n == "fsdp"))
+
+
+def rows_per_device(config: Config, shape: dict[str, int]) -> float:
+    """Sequences of a micro-batch on one device."""
+    t = config.train
+    return t.global_batch_size / t.accumulation_steps / (shape["data"] * shape["fsdp"])
+
+
+def state_bytes(config: Config, shape: dict[str, int]) -> float:
+    """Of one device: float32 parameters and the optimizer's moments (Adam: two; Muon's hidden
+    matrices have one, which is left out of account)."""
+    return 12 * weights(config, shape).stored
+
+
+def temporaries_gib(config: Config, shape: dict[str, int]) -> float:
+    """What lives within a step besides: float32 gradients, what the backward pass keeps of the
+    blocks, one block at work, and the logits with their gradient."""
+    m, w = config.model, weights(config, shape)
+    width, cut = (4 if m.compute_dtype == "float32" else 2), shape["tensor"]
+    rows = rows_per_device(config, shape)
+    token = rows * m.seq_len * width  # bytes of one number per token
+    inner = 2 * m.n_heads * m.head_dim + 2 * m.kv_heads * m.head_dim + 3 * m.ff_dim
+    block = token * (6 * m.d_model + inner / cut)
+    kept = {"full": token * m.d_model, "dots": token * (2 * m.d_model + inner / cut)}
+    saved = w.n_layers * kept.get(m.remat, block)
+    if m.remat == "none" and shape["fsdp"] > 1:
+        saved += width * w.layer_used * w.n_layers  # gathered weights are kept for the backward
+    logits = 3 * 4 * rows * m.decoder_len * m.vocab_size / cut
+    gradients = 4 * w.stored * (2 if config.train.accumulation_steps > 1 else 1)
+    at_work = 2 * width * w.layer_used
+    return (gradients + saved + max(block, logits) + at_work) / GIB
+
+
+def collectives(config: Config, shape: dict[str, int]) -> tuple[Collective, ...]:
+    """Of one step on one device: parameters gathered over fsdp for each micro-batch, and again for
+    its backward pass where remat does not keep them; gradients reduced over data and fsdp in
+    float32; and the activations' sums over tensor: two per block forward, two backward, and with
+    full remat attention's again."""
+    m, t, w = config.model, config.train, weights(config, shape)
+    width, n = (4 if m.compute_dtype == "float32" else 2), t.accumulation_steps
+    found = []
+    if shape["fsdp"] > 1:
+        gathers = n if m.remat == "none" else 2 * n
+        found.append(Collective("all-gather", ("fsdp",), gathers, gathers * width * w.used))
+        found.append(Collective("reduce-scatter", ("fsdp",), n, n * 4 * w.used))
+    if shape["data"] > 1:
+        found.append(Collective("all-reduce", ("data",), 1, 4 * w.stored))
+    if shape["tensor"] > 1:
+        sums = (5 if m.remat == "full" else 4) * w.n_layers * n
+        each = rows_per_device(config, shape) * m.seq_len * m.d_model * width
+        found.append(Collective("all-reduce", ("tensor",), sums, sums * each))
+    return tuple(found)
