@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jaxlm import model_config
 from jaxlm.model_config import ModelConfig, Ranges
 from jaxlm.schema import UserError, checked, doc, part
+from jaxlm.tune_config import TuneConfig
 
 # ------------------------------------------------------------------------------------------ parts
 
@@ -91,7 +92,10 @@ class OptimizerConfig:
 
 
 OBJECTIVES = {
-    "decoder": ("next_token", "prefix_lm", "fill_in_the_middle", "classify", "regress"),
+    "decoder": (
+        *("next_token", "prefix_lm", "fill_in_the_middle"),
+        *("classify", "regress", "preference", "distill"),
+    ),
     "encoder": ("masked_lm", "classify", "regress"),
     "encoder_decoder": ("span_corruption", "ul2", "prefix_lm", "pairs"),
 }
@@ -146,7 +150,7 @@ class TrainConfig:
         "next_token",
         "'next_token', 'prefix_lm', 'fill_in_the_middle'; encoder: 'masked_lm'; encoder_decoder:"
         " 'span_corruption', 'ul2', 'prefix_lm'; or own 'file.py:function'; of examples (finetune):"
-        " 'classify', 'regress', encoder_decoder: 'pairs'",
+        " 'classify', 'regress', 'preference', 'distill', encoder_decoder: 'pairs'",
     )
     corruption: Corruption = part(Corruption)
     z_loss: float = doc(0.0, "weight of log(Z)^2 in the loss")
@@ -160,38 +164,6 @@ class TrainConfig:
     sample_tokens: int = doc(64, "tokens per sample")
     track: tuple[str, ...] = doc((), "besides metrics.jsonl: 'tensorboard', 'wandb', 'trackio'")
     profile: str = doc("", "'START:STOP': a JAX profiler trace of these steps")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters beside weights that stay as they are (Hu et al. 2022)."""
-
-    rank: int = doc(0, "rank of an adapter; 0: all weights move")
-    alpha: float = doc(16.0, "an adapter counts alpha / rank times")
-    on: tuple[str, ...] = doc(
-        ("query", "value"),
-        "weights by name (query, key, value, out, up, gate, down) or role (hidden)",
-    )
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """Fine-tuning: from which weights, on which examples, and how much of the model moves."""
-
-    start: str = doc(
-        "", "weights to begin with: a run's folder, a checkpoint or a hub name; '': fresh ones"
-    )
-    examples: tuple[str, ...] = doc(
-        (), "files of records (.jsonl .csv .parquet …), or 'file.py:function' that yields dicts"
-    )
-    input: str = doc("text", "field of a record that the model reads")
-    target: str = doc("label", "field that it is to say")
-    pooling: Literal["", "first", "last", "mean", "each"] = doc(
-        "", "as model.pooling, in place of what `start` has"
-    )
-    dropout: float | None = doc(None, "as model.dropout, in place of what `start` has")
-    max_tokens: int | None = doc(None, "longer examples are cut; None: the model's seq_len")
-    lora: LoraConfig = part(LoraConfig)
 
 
 @dataclass(frozen=True)

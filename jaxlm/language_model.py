@@ -161,6 +161,12 @@ class LanguageModel:
         """The token that a text begins after: its BOS, or else the end of a text before it."""
         return self.tokenizer.eos_id if self.bos_id is None else self.bos_id
 
+    def pieces(self, ids: np.ndarray) -> list[np.ndarray]:
+        """A text's tokens in rows of `seq_len` targets at most, each after one token: the text's
+        beginning, or the last of the row before."""
+        whole, t = np.concatenate([[self.begins], ids]).astype(np.int32), self.config.seq_len
+        return [whole[i : i + t + 1] for i in range(0, len(whole) - 1, t)]
+
     def score_ids(
         self, ids: Sequence[np.ndarray], starts: Sequence[int]
     ) -> list[tuple[float, bool]]:

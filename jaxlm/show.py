@@ -207,6 +207,14 @@ class Lines:
                 self._table((f"{task}: right \\ said", *table["classes"]),
                             [(name, *counts) for name, counts in lines])  # fmt: skip
 
+    def judged(self, found: dict[str, Any]) -> None:
+        """Bradley–Terry strengths of an evaluation by people."""
+        self._table(
+            (f"model ({found['votes']} votes)", "strength", "95 %", "wins"),
+            [(m["model"], f"{m['strength']:.2f}", _band(m["ci95"]), f"{m['wins']:g}")
+             for m in found["models"]],
+        )  # fmt: skip
+
     def tasks(self, tasks: Iterable[Any]) -> None:
         self._table(
             ("task", "kind", "metrics", "licence", "NAME=hub reads"),

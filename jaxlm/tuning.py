@@ -19,7 +19,7 @@ from jaxlm.config import Config, ModelConfig, validate
 from jaxlm.data import chat, examples, loader, tokenizer
 from jaxlm.data.examples import Examples, Labelled
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.evaluate import supervised
+from jaxlm.evaluate import supervised, teachers
 from jaxlm.files import write_json
 from jaxlm.language_model import LanguageModel
 from jaxlm.schema import UserError
@@ -30,7 +30,7 @@ from jaxlm.train.record import RunRecord
 from jaxlm.train.run import Run
 from jaxlm.train.trackers import Trackers
 
-OBJECTIVES = ("classify", "regress", "next_token", "pairs")
+OBJECTIVES = ("classify", "regress", "next_token", "pairs", "preference", "distill")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,42 @@ class Material:
     training: Examples
     held_out: Examples
     labels: tuple[str, ...]
-    fingerprint: str  # of the examples
+    fingerprint: str  # of the examples, and of what a teacher makes of them
     start: LanguageModel | None
 
 
 def material(config: Config) -> Material:
     """Reads the examples and the weights to begin with. Raises UserError."""
+    t, name = config.tune, config.train.objective
+    _check(config)
+    targets = {"preference": ("chosen", "rejected"), "distill": ()}.get(name, (t.target,))
+    found = examples.read(t.examples, t.input, targets)
+    training, held_out = examples.split(found, config.data.eval_fraction)
+    labels = examples.classes(training, held_out) if name == "classify" else ()
+    start = loading.of_any(t.start) if t.start else None
+    teacher = start if name == "preference" else None
+    teacher = loading.of_any(t.teacher) if name == "distill" else teacher
+    source = start or teacher
+    if source is None:
+        texts = (e.input for e in training)
+        words = tokenizer.create(config.data.tokenizer, config.text_ids, texts)
+    else:
+        words = source.tokenizer
+    if teacher is not None and teacher.tokenizer.fingerprint != words.fingerprint:
+        raise UserError("config.tune.teacher: its tokenizer is not that of config.tune.start")
+    model = _tuned(config, start.config if start else config.model, len(labels))
+    config = validate(replace(config, model=model))
+    reads = LanguageModel(words, model, {}, mesh.make(config))
+    if source is not None:
+        reads = replace(reads, bos_id=source.bos_id, chat=source.chat)
+    mine, theirs = (_encoded(config, reads, some, labels) for some in (training, held_out))
+    if teacher is not None:
+        mine, theirs = _taught(config, teacher, mine), _taught(config, teacher, theirs)
+    mark = examples.fingerprint(found, mine.beside or ())
+    return Material(config, words, mine, theirs, labels, mark, start)
+
+
+def _check(config: Config) -> None:
     t, name = config.tune, config.train.objective
     if not t.examples:
         raise UserError("config.tune.examples: expected files of records")
@@ -56,27 +86,15 @@ def material(config: Config) -> Material:
             f"config.train.objective: {name!r} is not learnt from examples;"
             f" expected one of {', '.join(OBJECTIVES)}"
         )
-    found = examples.read(t.examples, t.input, t.target)
-    training, held_out = examples.split(found, config.data.eval_fraction)
-    labels = examples.classes(training, held_out) if name == "classify" else ()
     if t.lora.rank and not t.start:
         raise UserError("config.tune.lora.rank: adapters need weights to begin with (tune.start)")
-    start = loading.of_any(t.start) if t.start else None
-    if start is None:
-        texts = (e.input for e in training)
-        words = tokenizer.create(config.data.tokenizer, config.text_ids, texts)
-        model = config.model
-    else:
-        words, model = start.tokenizer, start.config
-    outputs = {"classify": len(labels), "regress": 1}.get(name, 0)
-    model = _tuned(config, model, outputs)
-    config = validate(replace(config, model=model))
-    sides = (_encoded(config, words, start, some, labels) for some in (training, held_out))
-    mine, theirs = sides
-    return Material(config, words, mine, theirs, labels, examples.fingerprint(found), start)
+    if name == "preference" and not t.start:
+        raise UserError("config.tune.start: 'preference' asks what the model to begin with prefers")
+    if name == "distill" and not t.teacher:
+        raise UserError("config.tune.teacher: expected the model to learn from")
 
 
-def _tuned(config: Config, model: ModelConfig, outputs: int) -> ModelConfig:
+def _tuned(config: Config, model: ModelConfig, classes: int) -> ModelConfig:
     """The model with its classifier, and what `tune` says in place of its own."""
     t = config.tune
     said = {
@@ -85,47 +103,62 @@ def _tuned(config: Config, model: ModelConfig, outputs: int) -> ModelConfig:
         "seq_len": t.max_tokens and min(t.max_tokens, model.seq_len),
     }
     changes: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
-    if outputs:
-        changes |= {"n_classes": outputs, "mlm_head": False}
+    if config.train.objective in ("classify", "regress"):
+        changes |= {"n_classes": classes or 1, "mlm_head": False}
     return replace(model, **changes)
 
 
+# ----------------------------------------------------------------------------------------- examples
+
+
 def _encoded(
-    config: Config,
-    words: Tokenizer,
-    start: LanguageModel | None,
-    some: list[Labelled],
-    labels: tuple[str, ...],
+    config: Config, reads: LanguageModel, some: list[Labelled], labels: tuple[str, ...]
 ) -> Examples:
+    """The examples as the objective wants them."""
     t, name = config.model.seq_len, config.train.objective
+    encode, end = reads.tokenizer.encode_batch, np.array([reads.tokenizer.eos_id], np.int32)
+    inputs = [e.input for e in some]
     if name == "next_token":
-        template = None if start is None else start.chat
-        return examples.of_answers([_answer(words, template, e) for e in some], t)
+        return examples.of_answers([_answer(reads, e) for e in some], t)
     if name == "pairs":
-        encode = words.encode_batch
-        end = np.array([words.eos_id], np.int32)
-        said = [np.concatenate([t, end]) for t in encode([e.target for e in some])]
-        sources = encode([e.input for e in some])
-        return examples.of_pairs(sources, said, t, config.model.decoder_len)
-    reader = LanguageModel(words, config.model, {}, None, bos_id=start and start.bos_id)  # type: ignore[arg-type]
-    ids = reader.read([e.input for e in some], t)
+        said = [np.concatenate([ids, end]) for ids in encode([e.target for e in some])]
+        return examples.of_pairs(encode(inputs), said, t, config.model.decoder_len)
+    if name == "preference":
+        each = (Labelled(e.input, target) for e in some for target in e.target)
+        return examples.of_preferences([_answer(reads, e) for e in each], t)
+    if name == "distill":
+        pieces = [p for ids in encode(inputs) for p in reads.pieces(np.concatenate([ids, end]))]
+        return examples.of_answers([(p, np.ones(len(p), bool)) for p in pieces], t)
+    ids = reads.read(inputs, t)
     if name == "regress":
         return examples.of_numbers(ids, some, t)
     return examples.of_classes(ids, some, labels, t)
 
 
-def _answer(
-    words: Tokenizer, template: chat.ChatTemplate | None, example: Labelled
-) -> tuple[np.ndarray, np.ndarray]:
+def _answer(reads: LanguageModel, example: Labelled) -> tuple[np.ndarray, np.ndarray]:
     """Token ids, and which of them are to be said: the assistant's turns of a conversation, or a
     target text and its end after its input."""
+    words = reads.tokenizer
     if isinstance(example.target, list):
-        if template is None:
+        if reads.chat is None:
             raise UserError("config.tune.start: has no chat template, which messages need")
-        return chat.conversation(words, template, example.target)
+        return chat.conversation(words, reads.chat, example.target)
     before, after = words.encode(example.input), words.encode(example.target)
-    ids = np.concatenate([before, after, np.array([words.eos_id], np.int32)])
+    before = before if reads.bos_id is None else np.concatenate([[reads.bos_id], before])
+    ids = np.concatenate([before, after, [words.eos_id]]).astype(np.int32)
     return ids, np.arange(len(ids)) >= len(before)
+
+
+def _taught(config: Config, teacher: LanguageModel, some: Examples) -> Examples:
+    """`some` with what a teacher, or the model to begin with, makes of it."""
+    with jax.set_mesh(teacher.mesh):
+        given = teacher.config, teacher.params, some
+        if config.train.objective == "distill":
+            return replace(some, beside=teachers.likeliest(*given, config.tune.teacher_tokens))
+        own = teachers.log_p(*given)
+    assert some.beside is not None
+    pairs = zip(own, some.beside, strict=True)
+    return replace(some, beside=[np.concatenate([a, b[:, 1:]], axis=1) for a, b in pairs])
 
 
 # ----------------------------------------------------------------------------------------- training

@@ -253,7 +253,8 @@ def test_lm_eval_asks_the_same_and_finds_the_same(folder: Path, tmp_path: Path) 
     (tmp_path / "pairs.yaml").write_text(
         "task: pairs\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
         f"    validation: {tmp_path / 'b.jsonl'}\n"
-        "output_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: ''\n"
+        "output_type: multiple_choice\ntarget_delimiter: ''\nvalidation_split: validation\n"
+        "doc_to_text: ''\n"
         "doc_to_target: 0\ndoc_to_choice: '{{[sentence_good, sentence_bad]}}'\n"
         "metric_list:\n  - metric: acc\n"
     )

@@ -18,7 +18,6 @@ from jaxlm import api, mesh
 from jaxlm.config import (
     Config,
     DataConfig,
-    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -30,6 +29,7 @@ from jaxlm.schema import UserError
 from jaxlm.train import parameters
 from jaxlm.train.optimizer import hyper
 from jaxlm.train.step import program
+from jaxlm.tune_config import LoraConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,7 +151,7 @@ def test_only_adapters_move_and_many_run_at_once() -> None:
 
 
 def test_equal_texts_stand_on_one_side(reviews: Path) -> None:
-    found = examples.read([str(reviews)], "text", "label")
+    found = examples.read([str(reviews)], "text", ["label"])
     training, held_out = examples.split(found, 0.3)
     assert not {e.input for e in training} & {e.input for e in held_out}
     assert 0.2 < len(held_out) / len(found) < 0.4
@@ -193,6 +193,7 @@ def test_a_classifier_learns_and_is_evaluated_and_adapted(
     own = tmp_path / "own.py"
     own.write_text(
         "from jaxlm.config import *\nfrom jaxlm.model_config import *\n"
+        "from jaxlm.tune_config import *\n"
         f"def get_config():\n    return {config(reviews)!r}\n"
     )
     where = [f"--config={own}", f"--workdir={tmp_path / 'whole'}"]

@@ -6,6 +6,7 @@ The command line calls the same functions; what they do can be told from the fol
 from __future__ import annotations
 
 from jaxlm.api.evaluation import evaluate, lm_eval
+from jaxlm.api.judging import judge
 from jaxlm.api.laws import compare, coordcheck, fit, fit_laws, plot_fit
 from jaxlm.api.plans import plan
 from jaxlm.api.runs import banner, lint, report, summary, sweep, sweep_share, train
@@ -24,6 +25,7 @@ __all__ = [
     "from_pretrained",
     "generate",
     "inspect",
+    "judge",
     "lint",
     "lm_eval",
     "plan",

@@ -32,7 +32,7 @@ def train(
     from jaxlm import job, mesh
     from jaxlm.data import shards
     from jaxlm.train import record
-    from jaxlm.train.losses import OF_EXAMPLES
+    from jaxlm.train.example_losses import OF_EXAMPLES
     from jaxlm.train.step import check_names
     from jaxlm.train.trackers import need
 

@@ -1,4 +1,4 @@
-"""How good a model is: `jaxlm evaluate`."""
+"""How good a model is: `jaxlm evaluate|judge`."""
 
 from __future__ import annotations
 
@@ -56,4 +56,31 @@ def _evaluate(values: Flags, overrides: list[tuple[str, str]]) -> int:
     return 0
 
 
-VERBS = {"evaluate": Command(_evaluate, _flags_evaluate, "scores of a model, with intervals")}
+def _flags_judge(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string(
+        "answers", [], "NAME=FILE of a model's answers (evaluate --out)", flag_values=values
+    )
+    flags.DEFINE_string("workdir", None, "folder of the votes", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of order and sides", flag_values=values)
+    flags.DEFINE_integer("port", 0, "0: any that is free", 0, 65535, flag_values=values)
+    flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
+
+
+def _judge(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import api, show
+
+    out = show.Lines(to_stderr=values["json"])
+    if not values["workdir"]:
+        raise UserError("--workdir: expected a folder for the votes")
+    answers = dict(text.partition("=")[::2] for text in values["answers"])
+    found = api.judge(
+        answers, values["workdir"], seed=values["seed"], port=values["port"], say=out.say
+    )
+    print(json.dumps(found)) if values["json"] else out.judged(found)
+    return 0
+
+
+VERBS = {
+    "evaluate": Command(_evaluate, _flags_evaluate, "scores of a model, with intervals"),
+    "judge": Command(_judge, _flags_judge, "a page where people compare answers, blind"),
+}

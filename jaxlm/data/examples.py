@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.rows import Row, field, rows
-from jaxlm.data.windows import Batch, best_fit
+from jaxlm.data.windows import Batch, TaughtBatch, best_fit
 from jaxlm.files import first_line
 from jaxlm.pyfile import is_reference, resolve
 from jaxlm.schema import JaxlmError, UserError
@@ -29,40 +29,28 @@ class Labelled:
     """One example: its input, and what is to be said of it."""
 
     input: str
-    target: Any  # a class's name, a number, a text; of a conversation all its messages
+    target: Any  # a class's name, a number, a text; several texts; a conversation's messages
 
 
-def read(sources: Sequence[str], input_field: str, target_field: str) -> list[Labelled]:
-    """All examples, in order. Raises UserError for a record without input or target."""
+def read(sources: Sequence[str], input_field: str, targets: Sequence[str]) -> list[Labelled]:
+    """All examples, in order; `targets` names the fields of what is to be said (one: its value,
+    several: a list). Raises UserError for a record without input or target."""
     found = []
     for i, row in enumerate(_records(sources)):
         if "messages" in row:
             found.append(_conversation(row["messages"], i))
             continue
         text = field(row, input_field, i, WHERE)
-        target = field(row, target_field, i, WHERE)
-        text = "\n".join(text) if isinstance(text, (list, tuple)) else text
+        said = [field(row, name, i, WHERE) for name in targets]
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{WHERE}: record {i} has an empty {input_field!r}")
-        if target is None or (isinstance(target, str) and not target.strip()):
-            raise UserError(f"{WHERE}: record {i} has no {target_field!r}")
-        found.append(Labelled(text, target))
+        for name, target in zip(targets, said, strict=True):
+            if target is None or (isinstance(target, str) and not target.strip()):
+                raise UserError(f"{WHERE}: record {i} has no {name!r}")
+        found.append(Labelled(text, said[0] if len(said) == 1 else said))
     if not found:
         raise UserError(f"{WHERE}: no examples in {', '.join(sources)}")
     return found
-
-
-def _conversation(messages: Any, i: int) -> Labelled:
-    """Its input is what the assistant did not say."""
-    where, turns = f"{WHERE}: record {i}", {"assistant": [], "other": []}  # type: ignore[var-annotated]
-    for message in messages if isinstance(messages, list) else [None]:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f"{where} has messages that are not role and content")
-        who = "assistant" if message.get("role") == "assistant" else "other"
-        turns[who].append(message["content"])
-    if not turns["assistant"] or not all(map(str.strip, turns["assistant"])):
-        raise UserError(f"{where} has no answer, or an empty one")
-    return Labelled("\n".join(turns["other"]), messages)
 
 
 def _records(sources: Sequence[str]) -> Iterable[Row]:
@@ -76,6 +64,19 @@ def _records(sources: Sequence[str]) -> Iterable[Row]:
             raise
         except Exception as e:
             raise UserError(f"{WHERE}: {source} failed: {first_line(e)}") from e
+
+
+def _conversation(messages: Any, i: int) -> Labelled:
+    """Its input is what the assistant did not say."""
+    where, turns = f"{WHERE}: record {i}", {"assistant": [], "other": []}  # type: ignore[var-annotated]
+    for message in messages if isinstance(messages, list) else [None]:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise UserError(f"{where} has messages that are not role and content")
+        who = "assistant" if message.get("role") == "assistant" else "other"
+        turns[who].append(message["content"])
+    if not turns["assistant"] or not all(map(str.strip, turns["assistant"])):
+        raise UserError(f"{where} has no answer, or an empty one")
+    return Labelled("\n".join(turns["other"]), messages)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -100,33 +101,30 @@ def split(examples: Sequence[Labelled], fraction: float) -> tuple[list[Labelled]
     return sides
 
 
-def fingerprint(examples: Sequence[Labelled]) -> str:
-    """16 hex digits of the examples and their order."""
+def fingerprint(examples: Sequence[Labelled], beside: Sequence[np.ndarray] = ()) -> str:
+    """16 hex digits of the examples and their order, and of what stands beside them."""
     total = hashlib.sha256()
     for example in examples:
         total.update(_digest(f"{example.input}\0{example.target}"))
+    for array in beside:
+        total.update(array.tobytes())
     return total.hexdigest()[:16]
 
 
 def classes(training: Sequence[Labelled], held_out: Sequence[Labelled]) -> tuple[str, ...]:
     """The classes' names, sorted. Raises UserError for fewer than two, too many, and for one that
     occurs in held-out examples alone."""
-    counts = Counter(name for e in training for name in _names(e))
+    counts = Counter(str(e.target) for e in training)
     if not 2 <= len(counts) <= MAX_CLASSES:
         raise UserError(
             f"{WHERE}: expected 2 to {MAX_CLASSES} classes, got {len(counts)}:"
             f" {', '.join(sorted(counts)[:5])}"
         )
     for example in held_out:
-        for name in _names(example):
-            if name not in counts:
-                raise UserError(f"{WHERE}: the class {name!r} is in held-out examples alone")
+        if str(example.target) not in counts:
+            name = str(example.target)
+            raise UserError(f"{WHERE}: the class {name!r} is in held-out examples alone")
     return tuple(sorted(counts))
-
-
-def _names(example: Labelled) -> list[str]:
-    many = isinstance(example.target, (list, tuple))
-    return [str(t) for t in (example.target if many else [example.target])]
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -143,6 +141,7 @@ class Examples:
     target_len: int  # places for targets
     rows: Sequence[Sequence[int]]  # which examples stand in a row
     targets_type: Any = np.int32
+    beside: list[np.ndarray] | None = None  # float32 [t, k], as in TaughtBatch
     sources: tuple[str, ...] = ("examples",)
 
     def __len__(self) -> int:
@@ -152,7 +151,7 @@ class Examples:
     def windows_of(self) -> dict[int, range]:
         return {0: range(len(self))}
 
-    def windows(self, numbers: np.ndarray) -> Batch:
+    def windows(self, numbers: np.ndarray) -> Batch | TaughtBatch:
         """The rows of these numbers (int, any shape), as [*shape, t]; a segment is an example."""
         flat = np.asarray(numbers, np.int64).reshape(-1)
         tokens, segments, positions = np.zeros((3, len(flat), self.seq_len), np.int32)
@@ -167,7 +166,19 @@ class Examples:
                 targets[row, at : at + t], weights[row, at : at + t] = self.said[i], self.weights[i]
                 at += n
         leaves = tokens, targets, weights, segments, positions
-        return Batch(*(x.reshape(*np.shape(numbers), x.shape[-1]) for x in leaves))
+        batch = Batch(*(x.reshape(*np.shape(numbers), x.shape[-1]) for x in leaves))
+        return batch if self.beside is None else TaughtBatch(*batch, self._beside(numbers))
+
+    def _beside(self, numbers: np.ndarray) -> np.ndarray:
+        assert self.beside is not None
+        flat, k = np.asarray(numbers).reshape(-1), self.beside[0].shape[-1]
+        out = np.zeros((len(flat), self.seq_len, k), np.float32)
+        for row, number in enumerate(flat.tolist()):
+            at = 0
+            for i in self.rows[number]:
+                out[row, at : at + len(self.ids[i])] = self.beside[i]
+                at += len(self.ids[i])
+        return out.reshape(*np.shape(numbers), self.seq_len, k)
 
 
 def alone(n: int) -> list[tuple[int]]:
@@ -223,3 +234,25 @@ def of_pairs(
     ids, said = [s[:seq_len] for s in sources], [t[:target_len] for t in targets]
     weights = [np.ones(len(t), np.float32) for t in said]
     return Examples(ids, said, weights, seq_len, target_len, alone(len(ids)))
+
+
+def of_preferences(answers: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int) -> Examples:
+    """Pairs in a row: `answers` has each pair's chosen text and then its other one, as (ids, bool)
+    each. A pair weighs 1; `beside` has a place for the reference's log p, and where the answer is.
+    Raises UserError where a pair does not fit into a row."""
+    ids = [i[:-1] for i, _ in answers]
+    for i in range(0, len(ids), 2):
+        n = len(ids[i]) + len(ids[i + 1])
+        if n > seq_len:
+            raise UserError(
+                f"{WHERE}: pair {i // 2} has {n} tokens, more than the {seq_len} of a row"
+                " (tune.max_tokens)"
+            )
+    weights = [np.zeros(len(i), np.float32) for i in ids]
+    for chosen in weights[::2]:
+        chosen[0] = 1.0
+    beside = [np.stack([np.zeros(len(s) - 1), s[1:]], axis=1) for _, s in answers]
+    rows = [(i, i + 1) for i in range(0, len(ids), 2)]
+    said = [i[1:] for i, _ in answers]
+    return Examples(ids, said, weights, seq_len, seq_len, rows,
+                    beside=[b.astype(np.float32) for b in beside])  # fmt: skip

@@ -52,6 +52,17 @@ class WordBatch(NamedTuple):
     words: Any  # int32: 1 where a token begins a word
 
 
+class TaughtBatch(NamedTuple):
+    """A Batch that also tells what another model makes of each token."""
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any
+    positions: Any
+    beside: Any  # float32 [b, t, k]: what the objective says
+
+
 @dataclass(frozen=True)
 class Segment:
     """Documents of one source in a row."""

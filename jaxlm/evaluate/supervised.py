@@ -36,7 +36,7 @@ def heldout(dataset: Examples, most: int) -> Observer:
     return observe
 
 
-def totals(config: Config, params: Any, batch: Batch) -> dict[str, float]:
+def totals(config: Config, params: Any, batch: Any) -> dict[str, float]:
     """eval/loss and the objective's other sums, summed over the examples' weights, and "weight"."""
     devices, n = jax.sharding.get_mesh(), len(batch.tokens)
     rows = min(ROWS, n)

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax.nnx import traversals
 
-from jaxlm.config import LoraConfig, ModelConfig
+from jaxlm.config import ModelConfig
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Declared, Params
 from jaxlm.schema import UserError, hint
+from jaxlm.tune_config import LoraConfig
 
 Path = tuple[str, ...]
 

@@ -196,7 +196,7 @@ def _read(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
     which each begins after the last token of the one before."""
     ids, starts, owner = [], [], []
     for i, item in enumerate(items):
-        for piece in pieces(model, model.tokenizer.encode(item.references[0])):
+        for piece in model.pieces(model.tokenizer.encode(item.references[0])):
             ids.append(piece)
             starts.append(1)
             owner.append(i)
@@ -218,11 +218,3 @@ def _read(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
         for i, item in enumerate(items)
     ]  # fmt: skip
     return Answered(_grouped(items, measure, task.metrics), records)
-
-
-def pieces(model: LanguageModel, ids: np.ndarray) -> list[np.ndarray]:
-    """A text's tokens in rows of `seq_len` targets at most, each after one token: the beginning of
-    a text, or the last of the row before."""
-    whole = np.concatenate([np.array([model.begins], np.int32), ids])
-    t = model.config.seq_len
-    return [whole[i : i + t + 1] for i in range(0, len(whole) - 1, t)]

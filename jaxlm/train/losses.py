@@ -38,37 +38,6 @@ def cross_entropy(
     return loss, sums
 
 
-def classify(
-    config: Config, params: Params, batch: Batch, key: jax.Array
-) -> tuple[jax.Array, Sums]:
-    """Cross-entropy of classes: `targets` where `weights` are, of a whole text at its first place.
-    Also sums how many are right."""
-    logits_btc = outputs(config, params, batch, key)
-    t = logits_btc.shape[1]
-    targets_bt, weights_bt = batch.targets[:, :t], batch.weights[:, :t]
-    hit_btc = targets_bt[..., None] == jnp.arange(logits_btc.shape[-1])
-    right_bt = jnp.sum(jnp.where(hit_btc, logits_btc, 0.0), axis=-1)
-    nll_bt = jax.nn.logsumexp(logits_btc, axis=-1) - right_bt
-    said_bt = jnp.argmax(logits_btc, axis=-1) == targets_bt
-    return jnp.sum(nll_bt * weights_bt), {"train/accuracy": jnp.sum(said_bt * weights_bt)}
-
-
-def regress(config: Config, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-    """Squared error of one number: `targets` (float32) at the first place of a text."""
-    y_bt = outputs(config, params, batch, key)[..., 0]
-    t = y_bt.shape[1]
-    return jnp.sum(jnp.square(y_bt - batch.targets[:, :t]) * batch.weights[:, :t]), {}
-
-
-def outputs(config: Config, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
-    """What a classifier says of each text, float32 [b, 1, classes], or each token [b, t, classes];
-    nothing is dropped without a key."""
-    key = key if config.model.dropout else None
-    x_btd, _ = hidden(config.model, params, Example(*batch[:5]), key)
-    y = transformer.pooled(config.model, params, x_btd, batch.segment_ids)
-    return y if config.model.pooling == "each" else y[:, None]
-
-
 def next_token(
     config: Config, params: Params, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Sums]:
@@ -96,7 +65,3 @@ def token_losses(
     hit_btv = targets_bt[..., None] == jnp.arange(logits_btv.shape[-1], dtype=targets_bt.dtype)
     target_bt = jnp.sum(jnp.where(hit_btv, logits_btv, 0.0), axis=-1)
     return log_z_bt - target_bt, log_z_bt
-
-
-OF_EXAMPLES = {"classify": classify, "regress": regress}
-"""Objectives of labelled examples, which are never corrupted."""

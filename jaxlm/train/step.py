@@ -22,7 +22,7 @@ from jaxlm.data.loader import Batch
 from jaxlm.mesh import spec
 from jaxlm.model.transformer import Params
 from jaxlm.pyfile import is_reference, resolve
-from jaxlm.train import losses, optimizer, parameters
+from jaxlm.train import example_losses, losses, optimizer, parameters
 from jaxlm.train.objectives import CORRUPTIONS, Example, corrupted
 from jaxlm.train.optimizer import Hyper
 
@@ -44,7 +44,9 @@ def static(config: Config) -> Config:
         name="",
         seed=0,
         data=DataConfig(),
-        tune=TuneConfig(lora=config.tune.lora),
+        tune=TuneConfig(
+            lora=config.tune.lora, beta=config.tune.beta, temperature=config.tune.temperature
+        ),
         optimizer=dataclasses.replace(
             config.optimizer,
             learning_rate=1.0,
@@ -70,7 +72,7 @@ def objective(config: Config) -> Callable[..., tuple[jax.Array, losses.Sums]]:
     name = config.train.objective
     if is_reference(name):
         return resolve(name, "config.train.objective")
-    return losses.OF_EXAMPLES.get(name, losses.cross_entropy)
+    return example_losses.OF_EXAMPLES.get(name, losses.cross_entropy)
 
 
 def check_names(config: Config) -> None:

@@ -1,0 +1,97 @@
+"""A headless Chromium that tests press keys in, through its own debugging pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+class Page:
+    """One page: `run` evaluates JavaScript, `press` is a real key."""
+
+    def __init__(self, to: int, back: Any) -> None:
+        self.to, self.back, self.count, self.session = to, back, 0, ""
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        while True:
+            raw = bytearray()
+            while (byte := self.back.read(1)) != b"\0":
+                assert byte, "Chromium is gone"
+                raw += byte
+            answer = json.loads(raw)
+            if answer.get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def run(self, code: str) -> Any:
+        found = self.send("Runtime.evaluate", expression=code, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+    def until(self, code: str, want: Any = True, seconds: float = 10) -> None:
+        end = time.monotonic() + seconds
+        while (found := self.run(code)) != want:
+            assert time.monotonic() < end, f"{code} is {found!r}, not {want!r}"
+            time.sleep(0.02)
+
+    def picture(self, path: Path) -> None:
+        import base64
+
+        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
+
+
+@contextlib.contextmanager
+def opened(url: str, profile: Path) -> Iterator[Page]:
+    """The page at `url`; skips the test where there is no Chromium."""
+    program = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    theirs_in, ours_out = os.pipe()
+    ours_in, theirs_out = os.pipe()
+
+    def wire() -> None:  # Chromium reads commands from 3 and answers on 4
+        low = [os.dup2(fd, n, inheritable=True) for fd, n in ((theirs_in, 63), (theirs_out, 64))]
+        os.dup2(low[0], 3, inheritable=True)
+        os.dup2(low[1], 4, inheritable=True)
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+    command = [program, *flags, f"--user-data-dir={profile}", "--no-first-run", "about:blank"]
+    browser = subprocess.Popen(
+        command, preexec_fn=wire, close_fds=False, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        os.close(theirs_in)
+        os.close(theirs_out)
+        with os.fdopen(ours_in, "rb") as back:
+            page = Page(ours_out, back)
+            target = page.send("Target.createTarget", url="about:blank")["targetId"]
+            attached = page.send("Target.attachToTarget", targetId=target, flatten=True)
+            page.session = attached["sessionId"]
+            page.send("Page.navigate", url=url)
+            page.until(f"location.href.startsWith({url!r}) && document.readyState", "complete")
+            yield page
+    finally:
+        os.close(ours_out)
+        browser.terminate()
+        browser.wait(10)
