@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -40,6 +40,13 @@ class Task:
     budget: float = 0.0
 
 
+class Begin(NamedTuple):
+    """What a run begins with in place of fresh parameters, and what identifies it."""
+
+    given: loop.Given
+    mark: str
+
+
 def cache_compilations() -> None:
     """JAX's persistent compilation cache, also for programs that compile in under a second."""
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
@@ -54,18 +61,20 @@ def train(
     data_dir: Path,
     stop: Any = False,
     progress: loop.Progress = lambda run, row: None,
+    begin: Begin | None = None,
 ) -> list[RunRecord]:
     """Train the tasks to their ends, from wherever they are; returns their records.
 
     Several tasks must be of one shape and horizon: they train as one program (`jax.vmap`). Token
     shards must be in `data_dir`. A finished task is not touched; one whose loss became NaN or
-    infinite has the status "diverged". Raises what else `loop.fit` raises, and UserError for a
-    folder that holds another run or another process.
+    infinite has the status "diverged". `begin`: what a lone task begins with. Raises what else
+    `loop.fit` raises, and UserError for a folder that holds another run or another process.
     """
     cache_compilations()
     data = shards.read_manifest(data_dir)
     terms = card.terms(data)
-    runs = [Run(t.config, t.folder, data.fingerprint, t.role, t.budget, terms) for t in tasks]
+    saw = data.fingerprint + (f"-{begin.mark}" if begin else "")
+    runs = [Run(t.config, t.folder, saw, t.role, t.budget, terms) for t in tasks]
     with contextlib.ExitStack() as held:
         for run in runs:
             held.enter_context(workdir.lock(run.folder))
@@ -73,7 +82,7 @@ def train(
         todo = [run for run in runs if run.record() is None]
         for group in _groups(todo):
             with contextlib.suppress(loop.Diverged):  # its record says so
-                _fit(group, data_dir, stop, progress)
+                _fit(group, data_dir, stop, progress, begin.given if begin else loop.NOTHING)
     return [found for run in runs if (found := run.record()) is not None]
 
 
@@ -83,7 +92,9 @@ def _groups(todo: list[Run]) -> list[list[Run]]:
     return [todo] if len(steps) == 1 else [[run] for run in todo]
 
 
-def _fit(group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress) -> None:
+def _fit(
+    group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress, given: loop.Given
+) -> None:
     config = group[0].config
     train_set = _open(config, data_dir, "train")
     sequences = config.train.steps * config.train.global_batch_size
@@ -104,7 +115,7 @@ def _fit(group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress) -
             progress(run, row)
 
         held.enter_context(jax.set_mesh(mesh.make(config)))
-        loop.fit(group, train_set, observers, stop, send, mixture)
+        loop.fit(group, train_set, observers, stop, send, mixture, given)
 
 
 def _open(config: Config, data_dir: Path, split: str) -> loader.Dataset:
@@ -119,6 +130,8 @@ def _observers(config: Config, data_dir: Path) -> list[loop.Observer]:
     words, t = tokenizer.load(data_dir / "tokenizer"), config.train
     decode.check_prompts(config, words)
     watch = [likelihood.heldout(eval_set, config.data.eval_sequences)]
+    if len(eval_set.sources) > 1:
+        watch.append(likelihood.by_source(eval_set, config.data.eval_sequences))
     if t.probes:
         watch.append(decode.probes(words, t.probes))
     if t.sample_prompts:

@@ -102,10 +102,11 @@ def _labels(theirs: Json, n: int) -> tuple[str, ...]:
     return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(n))
 
 
-def export(model: LanguageModel, out: Path, *, dtype: str = "float32") -> Family:
-    """Writes a folder that `transformers` loads. Raises UserError as `hf.export`."""
+def export(model: LanguageModel, out: Path, *, dtype: str = "float32", card: str = "") -> Family:
+    """Writes a folder that `transformers` loads, with a model card. Raises UserError as
+    `hf.export`."""
     ids = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.bos_id}
-    files = pretrained.as_files(model.tokenizer, model.config.seq_len)
+    files = {**pretrained.as_files(model.tokenizer, model.config.seq_len), "README.md": card}
     with jax.set_mesh(model.mesh):
         return hf.export(model.config, model.params, out, files=files, ids=ids, dtype=dtype)
 

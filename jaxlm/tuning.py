@@ -7,6 +7,7 @@ batch comes from and what the parameters are before the first step.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def material(config: Config) -> Material:
     teacher = loading.of_any(t.teacher) if name == "distill" else teacher
     source = start or teacher
     if source is None:
-        texts = (e.input for e in training)
+        texts = (t for e in training for t in (e.input, e.target) if isinstance(t, str))
         words = tokenizer.create(config.data.tokenizer, config.text_ids, texts)
     else:
         words = source.tokenizer
@@ -122,7 +123,8 @@ def _encoded(
         return examples.of_answers([_answer(reads, e) for e in some], t)
     if name == "pairs":
         said = [np.concatenate([ids, end]) for ids in encode([e.target for e in some])]
-        return examples.of_pairs(encode(inputs), said, t, config.model.decoder_len)
+        sources = [reads.tokenizer.encode_with_special(text, t) for text in inputs]
+        return examples.of_pairs(sources, said, t, config.model.decoder_len)
     if name == "preference":
         each = (Labelled(e.input, target) for e in some for target in e.target)
         return examples.of_preferences([_answer(reads, e) for e in each], t)
@@ -179,8 +181,10 @@ def tune(
     with contextlib.ExitStack() as held:
         held.enter_context(workdir.lock(folder))
         held.enter_context(jax.set_mesh(mesh.make(config)))
-        given = _given(made)
-        run = Run(config, folder, _identity(made, given))
+        begin = job.Begin(loop.NOTHING, "fresh")
+        if made.start is not None:
+            begin = beginning(config, made.start, made.labels)
+        run = Run(config, folder, f"{made.fingerprint}-{begin.mark}")
         run.claim()
         found = run.record()
         if found is not None:
@@ -195,26 +199,25 @@ def tune(
 
         watch = [supervised.heldout(made.held_out, config.data.eval_sequences)]
         with contextlib.suppress(loop.Diverged):  # its record says so
-            loop.fit([run], made.training, watch, stop, send, given=given)
+            loop.fit([run], made.training, watch, stop, send, given=begin.given)
         row = run.record()
         assert row is not None
         return row
 
 
-def _given(made: Material) -> loop.Given:
-    """The parameters to begin with; with adapters, those that stay."""
-    if made.start is None:
-        return loop.NOTHING
-    params = loading.begun(made.config, made.start, made.labels)
-    if made.config.tune.lora.rank:
-        return loop.Given(None, parameters.frozen(made.config, params))
-    return loop.Given(params)
+def continued(config: Config) -> tuple[Config, LanguageModel]:
+    """A run on text that begins with `tune.start`: its config, with that model's, and the model."""
+    start = loading.of_any(config.tune.start)
+    return validate(replace(config, model=_tuned(config, start.config, 0))), start
 
 
-def _identity(made: Material, given: loop.Given) -> str:
-    """Of the examples and of the weights to begin with."""
-    if made.start is None:
-        return made.fingerprint
+def beginning(config: Config, start: LanguageModel, labels: tuple[str, ...] = ()) -> job.Begin:
+    """The parameters of `start` to begin with (with adapters, those that stay), on the mesh that is
+    set, and their digest."""
+    params = loading.begun(config, start, labels)
+    given = loop.Given(params)
+    if config.tune.lora.rank:
+        given = loop.Given(None, parameters.frozen(config, params))
     arrays = {k: np.asarray(v) for k, v in by_path(given._asdict()).items()}
-    parts = "".join(entry["digest"] for entry in describe(arrays).values())
-    return examples.fingerprint([Labelled(made.fingerprint, parts)])
+    digests = "".join(entry["digest"] for entry in describe(arrays).values())
+    return job.Begin(given, hashlib.sha256(digests.encode()).hexdigest()[:16])

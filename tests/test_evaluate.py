@@ -230,6 +230,12 @@ def test_the_command_gives_rows(
     stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert stored["rows"] == found
     assert len((tmp_path / "out" / "blimp.jsonl").read_text().splitlines()) == 3
+    new = ["export", where[0], f"--out={tmp_path / 'hf'}", f"--scores={tmp_path / 'out'}"]
+    assert call(*new, "--json") == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"| blimp | accuracy | {found[0]['value']:.4g} |" in card
+    assert f"jaxlm evaluate {where[0]} {where[1]}" in card and "context of 32 tokens" in card
+    capsys.readouterr()
     assert call("evaluate", *where, f"--against={folder}", "--json") == 0
     row = json.loads(capsys.readouterr().out.splitlines()[0])
     assert row["difference"] == 0 and row["p"] == 1.0  # of one model with itself

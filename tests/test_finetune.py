@@ -26,7 +26,7 @@ from jaxlm.config import (
 from jaxlm.data import examples
 from jaxlm.model import lora, transformer
 from jaxlm.schema import UserError
-from jaxlm.train import parameters
+from jaxlm.train import example_losses, parameters
 from jaxlm.train.optimizer import hyper
 from jaxlm.train.step import program
 from jaxlm.tune_config import LoraConfig
@@ -132,6 +132,21 @@ def test_only_adapters_move_and_many_run_at_once() -> None:
         small.assert_near(moved.frozen, {k: v for k, v in base.items() if k != "classifier"})
         b = jax.device_get(moved.params["adapters"]["layers"]["attention"]["query"]["b"])
         assert np.abs(b).max() > 0
+        # At first B is 0, and its gradient (alpha / rank) · Aᵀ times that of the whole weight.
+        full = replace(c, tune=TuneConfig())
+        one_batch = jax.tree.map(lambda x: x[0], placed)
+
+        def loss(p, config):
+            whole = parameters.whole(config, p, frozen)
+            return example_losses.classify(config, whole, one_batch, jax.random.key(0))[0]
+
+        start = run.init(hyper(c)).params
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)
+        mine = gradient(start, c)["adapters"]["layers"]["attention"]["value"]["b"]
+        theirs = gradient({**frozen, **start["whole"]}, full)["layers"]["attention"]["value"]
+        a = start["adapters"]["layers"]["attention"]["value"]["a"]
+        want = 8.0 * np.einsum("ldr,ldhk->lrhk", *map(np.asarray, (a, theirs)))
+        np.testing.assert_allclose(np.asarray(mine), want, rtol=1e-4, atol=1e-5)
         # Three adapters in one forward: each as if it were alone.
         several = [jax.tree.map(lambda x, k=k: x * k, moved.params) for k in (0.0, 1.0, 2.0)]
         stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *several)
@@ -187,26 +202,19 @@ def test_bad_examples_are_told_before_anything_runs(
     assert "not learnt from examples" in said(good, train=tuned)
 
 
-def test_a_classifier_learns_and_is_evaluated_and_adapted(
-    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = tmp_path / "own.py"
-    own.write_text(
-        "from jaxlm.config import *\nfrom jaxlm.model_config import *\n"
-        "from jaxlm.tune_config import *\n"
-        f"def get_config():\n    return {config(reviews)!r}\n"
-    )
-    where = [f"--config={own}", f"--workdir={tmp_path / 'whole'}"]
-    assert call("finetune", *where, "--json") == 0
-    whole = json.loads(capsys.readouterr().out)
-    assert "jaxlm finetune" in refused(capsys, "train", *where)
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
+@pytest.fixture(scope="module")
+def trained(reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    api.finetune(config(reviews), folder)
+    return folder
+
+
+def test_a_classifier_learns_and_is_evaluated(reviews: Path, trained: Path, tmp_path: Path) -> None:
+    whole = _record(trained)
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
     found = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
     assert len(found) == 2 and found[-1] >= 0.95 and whole["loss"] < 0.3
-    again = api.finetune(config(reviews), tmp_path / "whole")
-    assert again.wall_time_s == whole["wall_time_s"]  # nothing was left to do
-
-    model = jaxlm.from_pretrained(tmp_path / "whole")
+    model = jaxlm.from_pretrained(trained)
     assert model.labels == ("no", "yes")
     logits = model.classify(["the film was fine", "a dull town"])
     assert logits.argmax(1).tolist() == [1, 0]
@@ -219,13 +227,37 @@ def test_a_classifier_learns_and_is_evaluated_and_adapted(
         "def get_task():\n"
         "    return Task('kind', 'choose', items, ('accuracy', 'macro_f1'))\n"
     )
-    scores = api.evaluate(tmp_path / "whole", [f"{task}={reviews}"])
+    scores = api.evaluate(trained, [f"{task}={reviews}"])
     assert all(r["value"] >= 0.95 and r["n"] == 400 for r in scores["rows"])
     assert np.sum(scores["details"]["kind"]["confusion"]["right_by_said"]) == 400
 
-    # From its weights, with adapters: the same labels keep their classifier.
+
+def test_the_command_finds_nothing_left_to_do(
+    reviews: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from jaxlm.config import *\nfrom jaxlm.model_config import *\n"
+        "from jaxlm.tune_config import *\n"
+        f"def get_config():\n    return {config(reviews)!r}\n"
+    )
+    where = [f"--config={own}", f"--workdir={trained}"]
+    assert call("finetune", *where, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == _record(trained)
+    assert "jaxlm finetune" in refused(capsys, "train", *where)
+
+
+def _record(folder: Path) -> dict:
+    found = json.loads((folder / "record.json").read_text())
+    found.pop("format")
+    return found
+
+
+@pytest.mark.slow  # 7 s
+def test_adapters_go_on_from_a_classifier(reviews: Path, trained: Path, tmp_path: Path) -> None:
+    """The same labels keep their classifier; a checkpoint holds the adapters alone."""
     c = config(reviews)
-    tuned = replace(c.tune, start=str(tmp_path / "whole"), lora=LoraConfig(rank=2))
+    tuned = replace(c.tune, start=str(trained), lora=LoraConfig(rank=2))
     short = replace(c.train, steps=10, eval_every=10, checkpoint_every=10)
     c = replace(c, tune=tuned, train=short, model=ModelConfig())
     row = api.finetune(c, tmp_path / "lora")
@@ -234,5 +266,43 @@ def test_a_classifier_learns_and_is_evaluated_and_adapted(
     assert adapted.classify(["the film was fine"]).argmax() == 1
     stored = list((tmp_path / "lora" / "checkpoints" / "10").rglob("*"))
     size = sum(p.stat().st_size for p in stored if p.is_file())
-    full = sum(p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    full = sum(p.stat().st_size for p in trained.rglob("*") if p.is_file())
     assert size < full / 2
+
+
+@pytest.mark.slow  # 10 s
+def test_training_on_text_goes_on_from_another_run(tmp_path: Path) -> None:
+    """Both domains' losses are logged: one falls, of the other something is forgotten."""
+    for name, letters in (("a", "abcd"), ("b", "wxyz")):
+        (tmp_path / name).mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(40):
+            (tmp_path / name / f"{i}.txt").write_text("".join(rng.choice(list(letters), 200)))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    base = Config(
+        model=ModelConfig(d_model=16, n_layers=1, n_heads=2, seq_len=16, scan_layers=False),
+        data=DataConfig(sources=(a, b), weights=(1.0, 0.0), eval_fraction=0.3, eval_sequences=16,
+                        max_epochs=19),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        train=TrainConfig(steps=30, global_batch_size=16, steps_per_dispatch=10, log_every=10),
+    )  # fmt: skip
+    api.train(base, tmp_path / "first")
+    more = replace(
+        base,
+        data=replace(base.data, weights=(0.1, 0.9)),
+        tune=TuneConfig(start=str(tmp_path / "first")),
+    )
+    api.train(more, tmp_path / "second")
+
+    def losses(run: str) -> dict[str, float]:
+        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()]
+        return next(r for r in rows if f"eval/loss/{a}" in r)
+
+    first, second = losses("first"), losses("second")
+    assert first[f"eval/loss/{a}"] < 2.0 < first[f"eval/loss/{b}"]
+    assert second[f"eval/loss/{b}"] < first[f"eval/loss/{b}"] - 1.0
+    assert second[f"eval/loss/{a}"] < 3.0  # from fresh weights it would be 5.5
+    small.words().save(tmp_path / "words")
+    other = replace(more, data=replace(more.data, tokenizer=str(tmp_path / "words")))
+    with pytest.raises(UserError, match="not the tokenizer of"):
+        api.train(other, tmp_path / "third")

@@ -52,7 +52,7 @@ def log_p(model, params, ids: np.ndarray, says: np.ndarray) -> jax.Array:
 def test_preference_is_dpo_s_formula_and_its_gradient_the_difference_of_two() -> None:
     """At the reference the loss is ln 2, and its gradient -beta / 2 times that of log p(chosen)
     minus log p(other) (Rafailov et al. 2023, §4); away from it, eq. 7."""
-    c = small.config(tune=TuneConfig(beta=0.3))
+    c = small.config({"n_layers": 1}, tune=TuneConfig(beta=0.3))
     answers = pairs(np.random.default_rng(0), 2)
     with small.on_mesh(c):
         params = small.sharded(c, small.params(c))
@@ -92,7 +92,7 @@ def test_preference_is_dpo_s_formula_and_its_gradient_the_difference_of_two() ->
 def test_distillation_is_the_divergence_from_the_teacher(k: int) -> None:
     """temperature² · KL over the teacher's k likeliest; of all tokens it is 0, and without a
     gradient, where the model is its teacher (Hinton et al. 2015, §2)."""
-    c = small.config(tune=TuneConfig(temperature=2.0))
+    c = small.config({"n_layers": 1}, tune=TuneConfig(temperature=2.0))
     rng = np.random.default_rng(1)
     texts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (9, 5, 12)]
     some = examples.of_answers([(t, np.ones(len(t), bool)) for t in texts], T)

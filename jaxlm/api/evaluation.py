@@ -27,9 +27,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores what `from_pretrained(source)` gives on tasks, each 'NAME=PATH' (or 'NAME=hub').
 
-    Returns {"format", "model", "rows", "details"}: a row is {task, metric, value, ci95, n}, and,
-    with a second model `against`, {…, against, difference, difference_ci95, p}: this model minus
-    that one on the same items. `limit`: the first items of each task. `out`: a new folder for
+    Returns {"format", "model", "tasks", "rows", "details"}: a row is {task, metric, value, ci95,
+    n}, and, with a second model `against`, {…, against, difference, difference_ci95, p}: this model
+    minus that one on the same items. `limit`: the first items of each task. `out`: a new folder for
     evaluation.json and each task's answers. Raises UserError before a model is asked anything.
     """
     from jaxlm.evaluate import intervals
@@ -68,7 +68,8 @@ def evaluate(
         if out is not None:
             for record in mine.records:
                 append_jsonl(Path(out) / f"{_file(label)}.jsonl", record)
-    result = {"format": FORMAT, "model": str(source), "rows": rows, "details": details}
+    result = {"format": FORMAT, "model": str(source), "tasks": list(tasks), "rows": rows,
+              "details": details}  # fmt: skip
     if out is not None:
         write_json(Path(out) / "evaluation.json", result)
     return result
@@ -108,7 +109,8 @@ def lm_eval(
                 "ci95": None if half is None else [value - half, value + half],
                 "n": found["n-samples"].get(name, {}).get("effective"),
             })  # fmt: skip
-    return {"format": FORMAT, "model": str(source), "rows": rows, "details": {}}
+    return {"format": FORMAT, "model": str(source), "tasks": list(tasks), "rows": rows,
+            "details": {}}  # fmt: skip
 
 
 def _named(text: str) -> tuple[str, str, str]:

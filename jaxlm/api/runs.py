@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def train(
 
     Raises UserError; JaxlmError if the run diverged; Stopped after SIGTERM or Ctrl-C (all saved).
     """
-    from jaxlm import job, mesh
+    from jaxlm import job, mesh, tuning
     from jaxlm.data import shards
     from jaxlm.train import record
     from jaxlm.train.example_losses import OF_EXAMPLES
@@ -40,6 +41,9 @@ def train(
     check_names(config)
     if config.tune.examples or config.train.objective in OF_EXAMPLES:
         raise UserError("config.tune.examples: labelled examples are for 'jaxlm finetune'")
+    start = None
+    if config.tune.start:
+        config, start = tuning.continued(started(config))
     for tracker in config.train.track:
         need(tracker)
     with contextlib.ExitStack() as held:
@@ -55,9 +59,35 @@ def train(
             if stop:
                 raise _stopped(stop)
             say(banner(config))
+            begin = None if start is None else _beginning(config, start, data_dir)
             send = sending(mirror, progress)
-            [row] = job.train([job.Task(config, folder)], data_dir, stop, send)
+            [row] = job.train([job.Task(config, folder)], data_dir, stop, send, begin)
         return checked_row(row, folder)
+
+
+def started(config: Config) -> Config:
+    """`config` with `tune.start` as an absolute path where it is one: a run with adapters is read
+    from anywhere."""
+    start = Path(config.tune.start)
+    if not config.tune.start or not start.exists():
+        return config
+    return replace(config, tune=replace(config.tune, start=str(start.resolve())))
+
+
+def _beginning(config: Config, start: Any, data_dir: Path) -> Any:
+    """What the run begins with. Raises UserError where the text has other tokens."""
+    import jax
+
+    from jaxlm import mesh, tuning
+    from jaxlm.data import tokenizer
+
+    if tokenizer.load(data_dir / "tokenizer").fingerprint != start.tokenizer.fingerprint:
+        raise UserError(
+            f"config.data.tokenizer: {config.data.tokenizer!r} is not the tokenizer of tune.start;"
+            " name its folder (of a run: its tokenizer/)"
+        )
+    with jax.set_mesh(mesh.make(config)):
+        return tuning.beginning(config, start)
 
 
 def checked_row(row: RunRecord, folder: Path) -> RunRecord:

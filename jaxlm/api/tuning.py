@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jaxlm.api.places import Say, quiet, workdir_of
-from jaxlm.api.runs import banner, checked_row, sending
+from jaxlm.api.runs import banner, checked_row, sending, started
 from jaxlm.config import Config
 from jaxlm.experiment import located
 from jaxlm.train.record import RunRecord
@@ -32,10 +31,7 @@ def finetune(
     from jaxlm.train.step import check_names
     from jaxlm.train.trackers import need
 
-    config = located(config)
-    start = Path(config.tune.start)
-    if config.tune.start and start.exists():  # a run with adapters is read from anywhere
-        config = replace(config, tune=replace(config.tune, start=str(start.resolve())))
+    config = started(located(config))
     check_names(config)
     for tracker in config.train.track:
         need(tracker)

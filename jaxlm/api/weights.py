@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.api.places import folder_of
 from jaxlm.config import MeshConfig
+from jaxlm.files import read_json
 from jaxlm.schema import JaxlmError
 
 if TYPE_CHECKING:
@@ -73,9 +74,15 @@ def inspect(source: str | Path, prompt: str, out: str | Path) -> Path:
 
 
 def export(
-    source: str | Path, out: str | Path, *, dtype: str = "float32", verify: bool = False
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    verify: bool = False,
+    scores: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
-    """Writes what `from_pretrained(source)` gives as a folder that `transformers` loads.
+    """Writes what `from_pretrained(source)` gives as a folder that `transformers` loads, with a
+    model card (README.md) that tells the `scores` of these folders (`evaluate`'s `out`).
 
     Returns its `model_type` and, with `verify`, the largest |Δlogit| of the folder read back, by
     jaxlm and by transformers (None where it is not installed). Raises UserError; JaxlmError where
@@ -85,9 +92,13 @@ def export(
 
     from jaxlm import loading
     from jaxlm.model.hf.verify import differences
+    from jaxlm.report import model_card
 
     model = from_pretrained(source)
-    family = loading.export(model, Path(out), dtype=dtype)
+    told = [read_json(Path(folder) / "evaluation.json", "evaluation") for folder in scores]
+    run = Path(source) if loading.is_run(Path(source)) else None
+    card = model_card.text(str(source), model.config, run, told)
+    family = loading.export(model, Path(out), dtype=dtype, card=card)
     found: dict[str, Any] = {
         "format": "jaxlm.export/1",
         "out": str(out),

@@ -15,6 +15,7 @@ def _flags_export(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "new folder for transformers to load", flag_values=values)
     flags.DEFINE_string("dtype", "float32", "or float16, bfloat16", flag_values=values)
     flags.DEFINE_boolean("verify", False, "read it back, compare logits", flag_values=values)
+    flags.DEFINE_list("scores", [], "folders of evaluate --out, for the card", flag_values=values)
     flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
 
 
@@ -40,7 +41,7 @@ def _export(values: Flags, overrides: list[tuple[str, str]]) -> int:
         raise UserError("jaxlm export: expected --workdir=RUN and --out=DIR")
     if values["dtype"] not in ("float32", "float16", "bfloat16"):
         raise UserError(f"--dtype: expected float32, float16 or bfloat16, got {values['dtype']!r}")
-    how = {n: values[n] for n in ("dtype", "verify")}
+    how = {n: values[n] for n in ("dtype", "verify", "scores")}
     found = api.export(values["workdir"], values["out"], **how)
     print(json.dumps(found) if values["json"] else f"{found['out']}: {found['family']}")
     for by, worst in found.get("verified", {}).items() if not values["json"] else ():

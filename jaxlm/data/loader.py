@@ -117,16 +117,20 @@ class _Chunks:
         )
 
 
-def eval_batch(dataset: Dataset, sequences: int) -> tuple[Batch | WordBatch, np.ndarray]:
-    """Evenly spaced windows, the same for every run, and the bytes of text their targets stand for.
+def eval_batch(
+    dataset: Dataset, sequences: int, among: range | None = None
+) -> tuple[Batch | WordBatch, np.ndarray]:
+    """Evenly spaced windows, of all or `among` these, the same for every run, and the bytes of text
+    that their targets stand for.
 
     Returns a Batch of [sequences, t] and int32 [sequences, t], 0 where the weight is 0. So bits
     per byte = Σ weights · loss / ln 2 / Σ bytes. A split with fewer windows gives each once and
     fills the rest with rows of weight 0: shapes depend on the config alone.
     """
-    real = min(sequences, len(dataset))
+    among = range(len(dataset)) if among is None else among
+    real = min(sequences, len(among))
     numbers = np.zeros(sequences, np.int64)
-    numbers[:real] = np.arange(real) * len(dataset) // real
+    numbers[:real] = among.start + np.arange(real) * len(among) // real
     batch = dataset.windows(numbers)
     batch.weights[real:] = 0
     target_bytes = dataset.token_bytes[batch.targets] * (batch.weights > 0)

@@ -252,12 +252,14 @@ PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 def from_file(path: str | os.PathLike[str]) -> Tokenizer:
     """A tokenizer.json, a SentencePiece .model, GPT-2's vocabulary and merges, BERT's vocab.txt, or
-    a folder that holds one of them.
+    a folder that holds one of them, or that `save` wrote.
 
     Its end of text is read from a tokenizer_config.json beside it, or is the first conventional
     name that it knows. Raises UserError.
     """
     file = Path(path)
+    if (file / "jaxlm.json").is_file():
+        return load(file)
     try:
         if file.is_dir():
             names = ("tokenizer.json", "tokenizer.model", *(v for v, _ in PAIRS), "vocab.txt")

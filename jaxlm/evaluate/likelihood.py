@@ -44,6 +44,23 @@ def heldout(dataset: loader.Dataset, sequences: int) -> Observer:
     return observe
 
 
+def by_source(dataset: loader.Dataset, sequences: int) -> Observer:
+    """An observer that logs eval/loss/SOURCE of each source with windows in the eval split: what is
+    learnt of one, and what is forgotten of another."""
+    windows = {dataset.sources[k]: own for k, own in dataset.windows_of.items() if len(own)}
+    each = max(1, sequences // max(1, len(windows)))
+    batches = {name: loader.eval_batch(dataset, each, own)[0] for name, own in windows.items()}
+
+    def observe(config: Config, params: Any, step: int) -> list[dict[str, Any]]:
+        row: dict[str, Any] = {"step": step}
+        for name, batch in batches.items():
+            nats, weight = total_nats(config, params, batch)
+            row[f"eval/loss/{name}"] = nats / max(weight, 1.0)
+        return [row]
+
+    return observe
+
+
 def objective(config: Config) -> str:
     """What a run is evaluated on: its objective, or in place of an own one the first that suits the
     architecture."""
