@@ -163,6 +163,9 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = doc((), "prompts continued at each evaluation")
     sample_tokens: int = doc(64, "tokens per sample")
     track: tuple[str, ...] = doc((), "besides metrics.jsonl: 'tensorboard', 'wandb', 'trackio'")
+    xla_preset: Literal["none", "chip"] = doc(
+        "none", "'chip': compiler options that others found useful on this TPU (jaxlm/xla.py)"
+    )
     profile: str = doc("", "'START:STOP': a JAX profiler trace of these steps")
 
 

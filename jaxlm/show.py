@@ -133,36 +133,12 @@ class Lines:
         )
 
     def plan(self, found: dict[str, Any]) -> None:
-        """Of `api.plan`."""
-        self._clear()
-        steps = found["steps"]
-        if steps:
-            head = ("step", "parameters", "mesh", "fits", "GiB of limit", "bound by", "MFU at most")
-            self._table((*head, "hours", "USD"), [_plan_row(s) for s in steps])
-        for step in steps if len(steps) == 1 else ():
-            self._collectives(step)
-        for step in steps:
-            for line in [step["refused"], *step["advice"]]:
-                if line:
-                    self.say(f"{step['runs'][0]}: {line}")
-        for warning in found.get("warnings", ()):
-            self.say(f"lint: {warning}")
-        if "wall" in found:
-            w = found["wall"]
-            held = f" and the held-out run {_clock(w['holdout_s'])}" if w["holdout_s"] else ""
-            self.say(f"about {_clock(w['seconds'])} here with {w['workers']} workers:"
-                     f" the ladder {_clock(w['ladder_s'])}{held}")  # fmt: skip
-        if found["epochs"] is not None:
-            there = f"{found['train_tokens']:,} there are, {found['epochs']:.2f} times"
-            self.say(f"{found['tokens']:,} tokens; the longest run sees those {there}")
+        from jaxlm.report import plan_table
 
-    def _collectives(self, step: dict[str, Any]) -> None:
-        if step["collectives"]:
-            rows = [
-                (c["kind"], " + ".join(c["axes"]), f"{c['count']:,.0f}", f"{c['bytes'] / 1e6:,.2f}")
-                for c in step["collectives"]
-            ]
-            self._table(("collective", "mesh axes", "a step", "MB a step and device"), rows)
+        self._clear()
+        self.console.print(plan_table.table(found))
+        for line in plan_table.lines(found):
+            self.say(line)
 
     def tokenizers(self, rows: Sequence[dict[str, Any]]) -> None:
         """What each tokenizer makes of each language, and of one sentence."""
@@ -257,22 +233,6 @@ class Lines:
 
 def _band(bounds: Sequence[float] | None) -> str:
     return "–" if bounds is None else f"{bounds[0]:.4g} … {bounds[1]:.4g}"
-
-
-def _plan_row(step: dict[str, Any]) -> tuple[str, ...]:
-    m, bound = step["memory_gib"], step["roofline"]
-    more = f" and {len(step['runs']) - 1} more" if len(step["runs"]) > 1 else ""
-    return (
-        step["runs"][0] + more,
-        f"{step['params']:,}",
-        " × ".join(f"{a} {n}" for a, n in step["mesh"].items() if n > 1) or "1",
-        f"{'yes' if step['fits'] else 'NO'} ({step['told_by']})",
-        f"{m['peak']:.2f} of {step['hbm_limit_gib']:.2f}" if m else "–",
-        bound["bound_by"] if bound else "–",
-        f"{step['mfu_bound']:.0%}" if bound else "–",
-        f"{step['hours']:,.4g}",
-        "–" if step["price"] is None else f"{step['price']:,.2f}",
-    )
 
 
 def _clock(seconds: float) -> str:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.api.places import Say, quiet, workdir_of
+from jaxlm.chips import Topology
+from jaxlm.chips import topology as chips_of
 from jaxlm.config import Config, Sweep
 from jaxlm.experiment import located
 from jaxlm.files import write_json
 from jaxlm.schema import UserError
+
+if TYPE_CHECKING:
+    from jaxlm.planning.steps import Step
+
+TRIED = 3  # of a search's best, by the compiler
 
 
 def plan(
@@ -20,6 +27,7 @@ def plan(
     slices: int = 1,
     mfu: float = 0.4,
     price: float | None = None,
+    search: bool = False,
     say: Say = quiet,
     data_progress: Any = None,
 ) -> dict[str, Any]:
@@ -29,9 +37,9 @@ def plan(
     is this machine, on which a step is timed, and for a sweep its whole wall time is told. Time and
     price of chips are reckoned at `mfu` (or its bound, if that is less) and at `price`, USD per
     chip and hour. With a `workdir` the plan is kept there as plan.json; a sweep on this machine
-    needs one, for its token shards. Raises UserError.
+    needs one, for its token shards. `search` ranks meshes × remat × micro-batches for a run on
+    chips, and plans the best that the compiler accepts. Raises UserError.
     """
-    from jaxlm import chips
     from jaxlm.planning import steps
     from jaxlm.planning.target import without_tpus
     from jaxlm.scaling.ladder import candidates
@@ -39,7 +47,7 @@ def plan(
 
     without_tpus()
     experiment = located(experiment)
-    asked = chips.topology(topology, slices) if topology else None
+    asked = chips_of(topology, slices) if topology else None
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected above 0 and at most 1, got {mfu:g}")
     body: dict[str, Any] = {"format": "jaxlm.plan/1", "name": experiment.name}
@@ -48,13 +56,14 @@ def plan(
     else:
         runs = [experiment]
     body["tokens"] = sum(c.tokens for c in runs)
-    if asked is not None:
+    if search:
+        best, body["search"] = _searched(runs, asked, mfu, price, say)
+        found = [best]
+    elif asked is not None:
         found = []
         for group in steps.distinct(runs):
-            say(f"compiling the step of {_names(group)} for {asked.name}")
+            say(f"the step of {_names(group)} for {asked.name}")
             found.append(steps.plan_step(group, asked, mfu, price))
-        stated = {"mfu": mfu, "price_per_chip_hour": price}
-        body |= {"topology": asked.name, "chips": asked.chips, "stated": stated}
     elif isinstance(experiment, Sweep):
         body |= {"topology": "here", **_wall(experiment, workdir, say, data_progress)}
         found = []
@@ -62,6 +71,9 @@ def plan(
         say("compiling and timing the step on this machine")
         body["topology"] = "here"
         found = [steps.plan_here(experiment)]
+    if asked is not None:
+        stated = {"mfu": mfu, "price_per_chip_hour": price}
+        body |= {"topology": asked.name, "chips": asked.chips, "stated": stated}
     body["steps"] = [steps.as_json(s) for s in found]
     body |= _supply(experiment, runs, workdir)
     if workdir:
@@ -72,6 +84,35 @@ def plan(
 
 def _names(group: list[Config]) -> str:
     return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+
+
+def _searched(
+    runs: list[Config], asked: Topology | None, mfu: float, price: float | None, say: Say
+) -> tuple[Step, list[dict[str, Any]]]:
+    """The best way to run a config, if one fits that a compiler accepts, and what was tried."""
+    from jaxlm.planning.search import ranked
+    from jaxlm.planning.steps import plan_step
+
+    if asked is None or len(runs) > 1:
+        raise UserError("--search: expected a run (get_config) and a --topology")
+    found = ranked(runs[0], asked)
+    if not found:
+        raise UserError(f"--search: nothing is reckoned to fit {asked.name}: more chips are needed")
+    say(f"{len(found)} ways are reckoned to fit; the best are compiled")
+    rows: list[dict[str, Any]] = []
+    best: Step | None = None
+    for candidate in found[:TRIED]:
+        step = plan_step([candidate.config], asked, mfu, price)
+        rows.append({
+            "mesh": step.mesh, "remat": candidate.config.model.remat, "fits": step.fits,
+            "accumulation_steps": candidate.config.train.accumulation_steps,
+            "reckoned_gib": candidate.gib, "peak_gib": step.memory_gib and step.memory_gib.peak,
+            "reckoned_mfu_bound": candidate.roofline.mfu_bound, "mfu_bound": step.mfu_bound,
+        })  # fmt: skip
+        if best is None or (step.fits, step.mfu_bound) > (best.fits, best.mfu_bound):
+            best = step
+    assert best is not None
+    return best, rows
 
 
 def _wall(sweep: Sweep, workdir: str | Path, say: Say, data_progress: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def _flags_plan(values: flags.FlagValues) -> None:
     flags.DEFINE_string("topology", "", "'v5p:8x8x16', 'h100:8'; '': this machine", values)
     flags.DEFINE_integer("slices", 1, "slices (or nodes) of the topology", 1, flag_values=values)
     flags.DEFINE_float("mfu", 0.4, "share of the chips' peak that is reached", flag_values=values)
+    flags.DEFINE_boolean("search", False, "rank meshes, remat, micro-batches", flag_values=values)
     flags.DEFINE_float("price", None, "USD per chip and hour", flag_values=values)
 
 
@@ -29,7 +30,7 @@ def _plan(values: Flags, overrides: list[tuple[str, str]]) -> int:
     found = api.plan(
         experiment,
         values["workdir"] or "",
-        **{n: values[n] for n in ("topology", "slices", "mfu", "price")},
+        **{n: values[n] for n in ("topology", "slices", "mfu", "price", "search")},
         say=out.say,
         data_progress=out.data,
     )

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.mesh import spec
+from jaxlm.chips import chip_of
+from jaxlm.mesh import device_kind, spec
 
 BLOCK = 128  # what splash's lanes ask of a length
 
@@ -21,6 +22,14 @@ def _by_device(f: Any, *arrays: jax.Array) -> jax.Array:
     heads = {5: ("batch", "kv_heads", None, None, None), 4: ("batch", "kv_heads", None, None)}
     layouts = tuple(spec(heads.get(x.ndim, ("batch", *[None] * (x.ndim - 1)))) for x in arrays)
     return jax.shard_map(f, in_specs=layouts, out_specs=layouts[0], check_vma=False)(*arrays)
+
+
+def tile(t: int, device_kind: str) -> int:
+    """Queries and keys at a time in splash: the largest power of two that divides t, up to 512, or
+    1024 on chips with twice as large matrix units (v6e, TPU7x)."""
+    chip = chip_of(device_kind)
+    most = 1024 if chip and chip.name in ("v6e", "tpu7x") else 512
+    return min(t & -t, most)
 
 
 def splash(
@@ -41,8 +50,12 @@ def splash(
     mask: Any = masks.CausalMask((t, t)) if causal else masks.FullMask((t, t))
     if window is not None:
         mask = masks.LocalMask((t, t), window_size=(window - 1, 0 if causal else None), offset=0)
+    b = tile(t, device_kind())
+    tiles = kernel.BlockSizes(
+        block_q=b, block_kv=b, block_q_dkv=b, block_kv_dkv=b, block_q_dq=b, block_kv_dq=b
+    )
     attend = kernel.make_splash_mqa(
-        masks.MultiHeadMask([mask] * r), head_shards=1, q_seq_shards=1,
+        masks.MultiHeadMask([mask] * r), block_sizes=tiles, head_shards=1, q_seq_shards=1,
         attn_logits_soft_cap=soft_cap, interpret=interpret,
     )  # fmt: skip
 

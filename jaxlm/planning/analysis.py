@@ -7,6 +7,7 @@ against TPU's compiler it is compared in docs/scaling.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ class Weights:
 
 
 def weights(config: Config, shape: dict[str, int]) -> Weights:
-    rows = jax.tree.leaves(table(config.model), is_leaf=lambda x: isinstance(x, Declared))
+    model = dataclasses.replace(config.model, remat="none")  # one table for all that a search tries
+    rows = jax.tree.leaves(table(model), is_leaf=lambda x: isinstance(x, Declared))
     stored = used = layer = 0.0
     for row in rows:
         stored += math.prod(row.shape) / _cut(row, shape, gathered=False)
@@ -64,22 +66,25 @@ def state_bytes(config: Config, shape: dict[str, int]) -> float:
 
 
 def temporaries_gib(config: Config, shape: dict[str, int]) -> float:
-    """What lives within a step besides: float32 gradients, what the backward pass keeps of the
-    blocks, one block at work, and the logits with their gradient."""
+    """What lives within a step besides: gradients, what the backward pass keeps of the blocks, one
+    block at work, and the logits with their gradient. How many copies of each there are was found
+    by comparing with TPU's compiler (docs/results/aot.md)."""
     m, w = config.model, weights(config, shape)
     width, cut = (4 if m.compute_dtype == "float32" else 2), shape["tensor"]
     rows = rows_per_device(config, shape)
     token = rows * m.seq_len * width  # bytes of one number per token
-    inner = 2 * m.n_heads * m.head_dim + 2 * m.kv_heads * m.head_dim + 3 * m.ff_dim
-    block = token * (6 * m.d_model + inner / cut)
-    kept = {"full": token * m.d_model, "dots": token * (2 * m.d_model + inner / cut)}
+    inner = (2 * m.n_heads * m.head_dim + 2 * m.kv_heads * m.head_dim + 3 * m.ff_dim) / cut
+    block = token * (12 * m.d_model + 2 * inner)
+    kept = {"full": token * m.d_model, "dots": token * (2 * m.d_model + inner)}
     saved = w.n_layers * kept.get(m.remat, block)
     if m.remat == "none" and shape["fsdp"] > 1:
         saved += width * w.layer_used * w.n_layers  # gathered weights are kept for the backward
-    logits = 3 * 4 * rows * m.decoder_len * m.vocab_size / cut
-    gradients = 4 * w.stored * (2 if config.train.accumulation_steps > 1 else 1)
-    at_work = 2 * width * w.layer_used
-    return (gradients + saved + max(block, logits) + at_work) / GIB
+    if m.architecture == "encoder_decoder":  # keys and values of every cross-attention
+        saved += 2 * m.n_layers * token * 2 * m.kv_heads * m.head_dim / cut
+    logits = 2.5 * 4 * rows * m.decoder_len * m.vocab_size / cut
+    gradients = 2 * 4 * w.stored
+    at_work = block / 2 + 2 * width * w.layer_used
+    return (gradients + saved + max(at_work, logits)) / GIB
 
 
 def collectives(config: Config, shape: dict[str, int]) -> tuple[Collective, ...]:

@@ -39,6 +39,7 @@ class Compiled:
     memory: Memory | None = None
     collectives: tuple[Collective, ...] = ()
     refused: str = ""  # what the compiler said where it does not fit
+    run: Any = None  # (hyper, state, batches) -> (state, metrics), on devices that are here
 
 
 def compiled(config: Config, on: jax.sharding.Mesh) -> Compiled:
@@ -57,7 +58,7 @@ def compiled(config: Config, on: jax.sharding.Mesh) -> Compiled:
     seconds = time.perf_counter() - began
     steps = min(config.train.steps_per_dispatch, config.train.steps)
     found = hlo.collectives(made.as_text(), dict(on.shape), steps)
-    return Compiled(True, seconds, _memory(made), found)
+    return Compiled(True, seconds, _memory(made), found, run=made)
 
 
 def abstract_batch(config: Config, on: Any) -> Any:

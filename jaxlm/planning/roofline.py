@@ -30,6 +30,11 @@ class Roofline:
         return max(self.compute_s, self.memory_s, *self.network_s.values(), 0.0)
 
     @property
+    def serial_s(self) -> float:
+        """If arithmetic and wires waited for each other."""
+        return max(self.compute_s, self.memory_s) + sum(self.network_s.values())
+
+    @property
     def bound_by(self) -> str:
         names = {"compute": self.compute_s, "memory": self.memory_s} | {
             f"network ({axes})": s for axes, s in self.network_s.items()

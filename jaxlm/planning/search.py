@@ -1,17 +1,66 @@
-"""Which numbers to change in a step that does not fit."""
+"""Which numbers to change: in a step that does not fit, and which mesh, remat and micro-batches are
+best, as reckoned; a compiler has the last word."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from jaxlm import mesh
 from jaxlm.chips import Topology
-from jaxlm.config import Config
-from jaxlm.planning import analysis
+from jaxlm.config import Config, MeshConfig
+from jaxlm.planning import analysis, roofline
+from jaxlm.planning.roofline import Roofline
+from jaxlm.planning.target import reckoned
 from jaxlm.schema import UserError
 
 GIVEN = 3  # pieces of advice
+MOST_TENSOR, MOST_PARTS = 32, 6  # that a search tries
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a step."""
+
+    config: Config
+    gib: float  # of one device, as reckoned
+    roofline: Roofline
+
+
+def ranked(config: Config, topology: Topology) -> list[Candidate]:
+    """Every mesh of data, fsdp and tensor × remat × micro-batches that divides and is reckoned to
+    fit; first what would take least time if nothing overlapped (of equals the fewest
+    micro-batches, then the least memory)."""
+    found = []
+    for tried in _variants(config, topology):
+        gib = _gib(tried, topology)
+        if gib is None or gib > topology.chip.hbm_gib:
+            continue
+        on = reckoned(tried, topology)
+        state, lines = analysis.state_bytes(tried, on.shape), analysis.collectives(tried, on.shape)
+        found.append(Candidate(tried, gib, roofline.roofline(tried, on, lines, state)))
+
+    def rank(c: Candidate) -> tuple[float, int, float]:
+        return float(f"{c.roofline.serial_s:.3g}"), c.config.train.accumulation_steps, c.gib
+
+    return sorted(found, key=rank)
+
+
+def _variants(config: Config, topology: Topology) -> Iterator[Config]:
+    train, n = config.train, topology.devices
+    parts = [k for k in range(1, train.global_batch_size + 1) if train.global_batch_size % k == 0]
+    for tensor in (t for t in range(1, min(n, MOST_TENSOR) + 1) if n % t == 0):
+        for fsdp in (f for f in range(1, n // tensor + 1) if n // tensor % f == 0):
+            cut = MeshConfig(data=n // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+            for remat in ("none", "dots", "full"):
+                for k in parts[:MOST_PARTS]:
+                    yield dataclasses.replace(
+                        config,
+                        mesh=cut,
+                        model=dataclasses.replace(config.model, remat=remat),
+                        train=dataclasses.replace(train, accumulation_steps=k),
+                    )
 
 
 def advice(config: Config, topology: Topology) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ def plan_here(config: Config) -> Step:
     """The step of a lone run on this machine's devices, compiled and timed. Raises UserError."""
     made_of = mesh.make(config)
     made = aot.compiled(config, made_of)
-    step_s = _timed(config, made_of)
+    step_s = _timed(config, made_of, made.run)
     limit = _physical_gib() / made_of.size
     flops = size(config.model).flops_per_token * config.batch_tokens
     return Step(
@@ -138,18 +138,18 @@ def plan_here(config: Config) -> Step:
     )
 
 
-def _timed(config: Config, on: jax.sharding.Mesh) -> float:
+def _timed(config: Config, on: jax.sharding.Mesh, run: Any) -> float:
     """Seconds per step: the second of two dispatches on tokens that are all 0."""
     with jax.set_mesh(on):
-        run, numbers = program(config), hyper(config)
+        numbers = hyper(config)
         batches = jax.tree.map(
             lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
             aot.abstract_batch(config, on),
         )
-        state, _ = run.chunk(numbers, run.init(numbers), batches)
+        state, _ = run(numbers, program(config).init(numbers), batches)
         jax.block_until_ready(state)
         began = time.perf_counter()
-        jax.block_until_ready(run.chunk(numbers, state, batches))
+        jax.block_until_ready(run(numbers, state, batches))
         return (time.perf_counter() - began) / batches.tokens.shape[0]
 
 

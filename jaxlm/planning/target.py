@@ -49,20 +49,21 @@ def without_tpus() -> None:
 
 def target(config: Config, topology: Topology) -> Target:
     """Raises UserError where the config's mesh or shapes do not divide, or libtpu is missing."""
-    if topology.chip.is_tpu:
-        laid = mesh.make(config, _tpu(topology))
-        places = [[getattr(d, "slice_index", 0) or 0, *d.coords] for d in laid.devices.flat]
-        return Target(topology, laid.axis_names, _shaped(places, laid.devices.shape), laid)
+    if not topology.chip.is_tpu:
+        return reckoned(config, topology)
+    laid = mesh.make(config, _tpu(topology))
+    places = [[getattr(d, "slice_index", 0) or 0, *d.coords] for d in laid.devices.flat]
+    grid = np.array(places).reshape(*laid.devices.shape, -1)
+    return Target(topology, laid.axis_names, grid, laid)
+
+
+def reckoned(config: Config, topology: Topology) -> Target:
+    """The mesh's axes laid on the devices in their own order, without a compiler at hand."""
     shape = mesh.sizes(config.mesh, topology.devices)
     mesh.check_divides(config, dict(zip(mesh.AXES, shape, strict=True)))
-    node = topology.shape[0]
-    return Target(
-        topology, mesh.AXES, _shaped([divmod(i, node) for i in range(topology.devices)], shape)
-    )
-
-
-def _shaped(places: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    return np.array(places).reshape(*shape, -1)
+    within = (*topology.shape, topology.chip.devices_per_chip)
+    places = np.stack(np.unravel_index(np.arange(topology.devices), (topology.slices, *within)), -1)
+    return Target(topology, mesh.AXES, places[:, :-1].reshape(*shape, -1))
 
 
 def _tpu(topology: Topology) -> list[Any]:
@@ -73,6 +74,8 @@ def _tpu(topology: Topology) -> list[Any]:
     more: dict[str, Any] = {}
     if topology.slices > 1:
         more["num_slices"] = topology.slices
+    if topology.chip.name == "v4":
+        more["chip_config_name"] = "megacore"  # two cores are one device
     if topology.chips == topology.slices:
         more["chips_per_host_bounds"] = (1,) * 3
     name = f"{topology.chip.name}:{'x'.join(map(str, shape))}"

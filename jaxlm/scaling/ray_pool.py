@@ -24,6 +24,7 @@ from jaxlm.scaling.workers import STOP_S, Board, Progress, stopped, worker_envir
 from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train import record
 
+CARRIED = ("JAX_", "XLA_", "NPROC")  # what decides results goes along; a node has its own paths
 TRIES = 5  # of a task whose node or process was lost
 
 
@@ -49,15 +50,14 @@ class RayPool:
             asked["CPU"] = max(n["Resources"].get("CPU", 1) for n in self.ray.nodes() if n["Alive"])
         configs = [m.config for g in groups for m in g]
         environment = worker_environment(int(asked.get("CPU", 1)) if alone else 1, configs, cpu)
-        changed = {k: v for k, v in environment.items() if os.environ.get(k) != v}
-        changed.pop("PYTHONPATH", None)  # a node has its own
+        carried = {k: v for k, v in environment.items() if k.startswith(CARRIED)}
         others = {k: v for k, v in asked.items() if k not in ("CPU", "GPU")}
         task = self.ray.remote(
             num_cpus=asked.get("CPU", 0), num_gpus=asked.get("GPU", 0), resources=others,
             max_retries=TRIES,
         )(train_group)  # fmt: skip
         where = str(folder.resolve())
-        self.tasks = {task.remote(where, names, changed): names for names in self.groups}
+        self.tasks = {task.remote(where, names, carried): names for names in self.groups}
 
     def run(self, stop: Any) -> None:
         failed: dict[str, str] = {}

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import optax
 from jax import P
 
+from jaxlm import xla
 from jaxlm.config import Config, DataConfig, TuneConfig
 from jaxlm.data.loader import Batch
-from jaxlm.mesh import spec
+from jaxlm.mesh import device_kind, spec
 from jaxlm.model.transformer import Params
 from jaxlm.pyfile import is_reference, resolve
 from jaxlm.train import example_losses, losses, optimizer, parameters
@@ -168,7 +169,8 @@ def _program(config: Config, population: int, mesh: Any) -> Program:
 
     if population:
         init, chunk = jax.vmap(init), jax.vmap(chunk)
-    return Program(jax.jit(init), jax.jit(chunk, donate_argnums=1))
+    options = xla.options(config.train.xla_preset, device_kind()) or None
+    return Program(jax.jit(init), jax.jit(chunk, donate_argnums=1, compiler_options=options))
 
 
 def abstract_state(config: Config, hyper: Hyper) -> State:

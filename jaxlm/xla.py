@@ -1,0 +1,42 @@
+"""XLA's compiler options by chip, for `train.xla_preset`.
+
+Names and purposes are those of MaxText's list of flags found useful for language models on TPUs;
+each is checked against libtpu's compiler in a test. What they gain was not measured: no TPU.
+"""
+
+from __future__ import annotations
+
+from jaxlm.chips import chip_of
+
+# Collectives in the background of arithmetic, and between slices for the data axis.
+_OVERLAP = {
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_enable_async_all_gather": "true",
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
+# Gradients summed and cut in one operation, with the layout that it wants.
+_SCATTER = {
+    "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
+    "xla_tpu_assign_all_reduce_scatter_layout": "true",
+}
+_WIDE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": "98304"}  # of v6e's 128 MiB: larger tiles
+
+PRESETS = {
+    "v4": _OVERLAP,
+    "v5e": _OVERLAP | _SCATTER,
+    "v5p": _OVERLAP | _SCATTER,
+    "v6e": _OVERLAP | _SCATTER | _WIDE_VMEM,
+    "tpu7x": _OVERLAP | _SCATTER,
+}
+
+
+def options(preset: str, device_kind: str) -> dict[str, str]:
+    """Of 'chip' on a device of this kind; none for 'none', and where the chip has no preset."""
+    chip = chip_of(device_kind)
+    return PRESETS.get(chip.name, {}) if preset == "chip" and chip else {}
