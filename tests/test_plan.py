@@ -19,7 +19,7 @@ from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Train
 from jaxlm.experiment import load
 from jaxlm.model.presets import preset
 from jaxlm.model.scale import size
-from jaxlm.planning import analysis, hlo, search, steps, target, wall
+from jaxlm.planning import analysis, hlo, roofline, search, steps, target, wall
 from jaxlm.planning.hlo import Collective
 from jaxlm.schema import UserError
 
@@ -130,6 +130,23 @@ def test_wires_and_groups():
     gather = Collective("all-gather", ("fsdp",), 1, 8e9)
     assert gather.moved(4) == 6e9 and replace(gather, kind="all-reduce").moved(4) == 12e9
     assert gather.moved(1) == 0
+
+
+def test_wires_bind_where_the_scaling_book_says():
+    """Austin et al. 2025, part 5: fsdp over all axes of a torus binds below C / W / axes tokens per
+    chip. Here gradients are float32 (8 bytes a parameter, not 6) and remat repeats a third of 6
+    FLOPs (8, not 6), which leaves the threshold where it was."""
+    chip = chips.CHIPS["v5p"]
+    threshold = chip.flops_per_s / (2 * chip.link_bytes_per_s) / 3
+    model = replace(preset("gpt3-175b"), vocab_size=50304, remat="full")
+    config = Config(
+        model=model, train=TrainConfig(global_batch_size=2048), mesh=MeshConfig(1, -1, 1)
+    )
+    on = target.reckoned(config, chips.topology("v5p:8x16x16"))
+    moved = analysis.collectives(config, on.shape)
+    found = roofline.roofline(config, on, moved, 0.0)
+    ratio = found.network_s["fsdp"] / found.compute_s
+    assert ratio == pytest.approx(threshold / model.seq_len, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def ranked(config: Config, topology: Topology) -> list[Candidate]:
     micro-batches, then the least memory)."""
     found = []
     for tried in _variants(config, topology):
-        gib = _gib(tried, topology)
+        gib = memory_gib(tried, topology)
         if gib is None or gib > topology.chip.hbm_gib:
             continue
         on = reckoned(tried, topology)
@@ -67,7 +67,7 @@ def advice(config: Config, topology: Topology) -> tuple[str, ...]:
     """Changes after which a step is reckoned to fit, the cheapest first."""
     found: list[str] = []
     for text, changed in _changes(config, topology):
-        if (gib := _gib(changed, topology)) is not None and gib <= topology.chip.hbm_gib:
+        if (gib := memory_gib(changed, topology)) is not None and gib <= topology.chip.hbm_gib:
             found.append(f"{text}: about {gib:.1f} GiB, as reckoned")
     more = "no single change is reckoned to make it fit: more chips, or a smaller model"
     return tuple(found[:GIVEN]) or (more,)
@@ -87,7 +87,7 @@ def _changes(config: Config, topology: Topology) -> Iterator[tuple[str, Config]]
             changed = dataclasses.replace(
                 config, model=base, train=dataclasses.replace(train, accumulation_steps=n)
             )
-            gib = _gib(changed, topology)
+            gib = memory_gib(changed, topology)
             if gib is not None and gib <= topology.chip.hbm_gib:
                 yield f"{name}config.train.accumulation_steps={n}", changed
                 break
@@ -105,7 +105,7 @@ def _changes(config: Config, topology: Topology) -> Iterator[tuple[str, Config]]
         yield text, dataclasses.replace(config, mesh=cut)
 
 
-def _gib(config: Config, topology: Topology) -> float | None:
+def memory_gib(config: Config, topology: Topology) -> float | None:
     """Memory of one device, as reckoned; None where the shapes do not divide."""
     try:
         sizes = mesh.sizes(config.mesh, topology.devices)
