@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,13 @@ from typing import Any
 
 import pytest
 
+# Chromium reads commands from 3 and answers on 4.
+_WIRED = """
+import os, sys
+os.dup2(int(sys.argv[1]), 63), os.dup2(int(sys.argv[2]), 64)
+os.dup2(63, 3), os.dup2(64, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -69,16 +77,11 @@ def opened(url: str, profile: Path) -> Iterator[Page]:
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
 
-    def wire() -> None:  # Chromium reads commands from 3 and answers on 4
-        low = [os.dup2(fd, n, inheritable=True) for fd, n in ((theirs_in, 63), (theirs_out, 64))]
-        os.dup2(low[0], 3, inheritable=True)
-        os.dup2(low[1], 4, inheritable=True)
-
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
     command = [program, *flags, f"--user-data-dir={profile}", "--no-first-run", "about:blank"]
     browser = subprocess.Popen(
-        command, preexec_fn=wire, close_fds=False, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", _WIRED, str(theirs_in), str(theirs_out), *command],
+        pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         os.close(theirs_in)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import socket
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import jaxlm
 from jaxlm import api
 from jaxlm.data.rows import rows
 from jaxlm.schema import UserError
-from jaxlm.tasks import answers, shipped, task
+from jaxlm.tasks import answers, sandbox, shipped, task
 from jaxlm.tasks.task import Item, Task
 
 ALIKE = [("the sky is", (" blue", " a fish"), 0), ("a fish", (" swims", " sings"), 0),
@@ -144,6 +146,8 @@ SAMPLES = {
     "jsquad": (JSQUAD, Item("文章:東京は日本の首都である。\n質問:日本の首都は?\n回答:",
                             references=("東京",))),
     "lambada": ({"text": "he said yes"}, Item("he said", references=(" yes",))),
+    "humaneval": ({"prompt": "def f():\n", "test": "def check(g): pass", "entry_point": "f"},
+                  Item("def f():\n", references=("def check(g): pass\ncheck(f)\n",))),
     "gsm8k": ({"question": "q", "answer": "so\n#### 1,234"},
               Item("Question: q\nAnswer:", references=("1234",))),
     "cnn_dailymail": ({"article": "a", "highlights": "h"}, Item("a\n\nTL;DR:", references=("h",))),
@@ -247,6 +251,44 @@ def test_the_command_gives_rows(
     assert "did you mean 'accuracy'" in refused(capsys, "evaluate", *where)
     assert "--task" in refused(capsys, "evaluate", where[0])
     assert "--workdir" in refused(capsys, "evaluate", where[1])
+
+
+def test_code_runs_apart_and_only_where_it_is_allowed(
+    gpt2, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(code: str) -> bool:
+        return not sandbox.passes(code, 1)
+
+    try:
+        assert sandbox.passes("assert 1 + 1 == 2", 5)
+    except UserError as e:
+        pytest.skip(str(e))
+    assert dies("assert False") and dies("while True: pass") and dies("x = bytearray(1 << 31)")
+    inside = "import socket; socket.create_connection(('127.0.0.1', {port}), 1)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert dies(inside.format(port=server.getsockname()[1]))
+    assert dies(f"open({str(tmp_path / 'x')!r}, 'w').write('x' * (1 << 21))")
+    assert dies("import os, time\nif not os.fork(): time.sleep(99)\ntime.sleep(99)")
+
+    row = {"prompt": "def f():\n    return 1\n", "entry_point": "f"}
+    tests = ("def check(g): assert g() == 1", "def check(g): assert g() == 2")
+    rows = [json.dumps(row | {"test": t}) for t in tests]
+    (tmp_path / "h.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="--run-code"):
+        api.evaluate(folder, [f"humaneval={tmp_path / 'h.jsonl'}"])
+    items = [Item(row["prompt"], references=(f"{t}\ncheck(f)",)) for t in tests]
+    made = Task("t", "code", lambda path: items, ("pass@1",), max_new_tokens=4, samples=2)
+    monkeypatch.setattr(type(gpt2), "generate", lambda self, prompts, **_: [["", "1/0"]] * 2)
+    monkeypatch.setattr(answers, "_check_room", lambda *_: None)
+    found = answers.answer(made, items, gpt2)
+    assert found.scores["", "pass@1"].value == 0.25  # one of two programs, of one of two items
+
+
+def test_pass_at_k_is_the_share_of_draws_with_one_that_passes() -> None:
+    for n, right, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 2)):
+        draws = list(itertools.combinations(range(n), k))
+        want = np.mean([min(d) < right for d in draws])
+        assert sandbox.pass_at_k(n, right, k) == pytest.approx(want)
 
 
 def test_lm_eval_asks_the_same_and_finds_the_same(folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     limit: int = 0,
+    run_code: bool = False,
     seed: int = 0,
     out: str | Path | None = None,
     say: Say = quiet,
@@ -29,7 +30,8 @@ def evaluate(
 
     Returns {"format", "model", "tasks", "rows", "details"}: a row is {task, metric, value, ci95,
     n}, and, with a second model `against`, {…, against, difference, difference_ci95, p}: this model
-    minus that one on the same items. `limit`: the first items of each task. `out`: a new folder for
+    minus that one on the same items. `limit`: the first items of each task. `run_code`: programs
+    that a model writes may be run (`tasks.sandbox`). `out`: a new folder for
     evaluation.json and each task's answers. Raises UserError before a model is asked anything.
     """
     from jaxlm.evaluate import intervals
@@ -41,6 +43,8 @@ def evaluate(
     read = []
     for label, name, path in named:
         found = task.load(name)
+        if found.kind == "code" and not run_code:
+            raise UserError(f"task {label}: runs what the model writes; allow it by --run-code")
         read.append((label, found, task.read(found, path, limit)))
         say(f"{label}: {len(read[-1][2]):,} items")
     model = from_pretrained(source)

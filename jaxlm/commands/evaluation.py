@@ -20,6 +20,7 @@ def _flags_evaluate(values: flags.FlagValues) -> None:
     flags.DEFINE_string("include", None, "lm-eval: folder of YAML tasks", flag_values=values)
     flags.DEFINE_string("against", None, "a second model on the same items", flag_values=values)
     flags.DEFINE_integer("limit", 0, "items of each task; 0: all", 0, flag_values=values)
+    flags.DEFINE_boolean("run-code", False, "run programs that a model writes", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the resamples", flag_values=values)
     flags.DEFINE_string("out", None, "new folder for scores and answers", flag_values=values)
     flags.DEFINE_boolean("list", False, "the tasks that come with jaxlm", flag_values=values)
@@ -47,6 +48,7 @@ def _evaluate(values: Flags, overrides: list[tuple[str, str]]) -> int:
         )
     else:
         how = {n: values[n] for n in ("against", "limit", "seed", "out")}
+        how["run_code"] = values["run-code"]
         found = api.evaluate(values["workdir"], values["task"], say=out.say, **how)
     if values["json"]:
         for row in found["rows"]:

@@ -12,6 +12,7 @@ from jaxlm.evaluate import metrics
 from jaxlm.evaluate.intervals import Scored, mean_of
 from jaxlm.language_model import LanguageModel, Score
 from jaxlm.schema import UserError
+from jaxlm.tasks import sandbox
 from jaxlm.tasks.task import Item, Task
 
 Measured = dict[tuple[str, str], Scored]
@@ -29,7 +30,8 @@ class Answered:
 
 def answer(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
     """Asks all items. Raises UserError, before any is asked, for one that the model cannot take."""
-    kinds = {"choose": _choose, "complete": _complete, "write": _write, "read": _read}
+    kinds = {"choose": _choose, "complete": _complete, "write": _write, "code": _code,
+             "read": _read}  # fmt: skip
     return kinds[task.kind](task, items, model)
 
 
@@ -154,15 +156,8 @@ def _complete(task: Task, items: Sequence[Item], model: LanguageModel) -> Answer
 
 
 def _write(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
-    """Greedy answers. What does not fit beside `max_new_tokens` is told before any is written."""
-    most = model.config.seq_len - task.max_new_tokens
-    for i, item in enumerate(items):
-        n = len(model.tokenizer.encode(item.prompt))
-        if n > most and model.config.architecture == "decoder":
-            raise UserError(
-                f"task {task.name}: item {i} has {n} tokens; beside {task.max_new_tokens} new ones"
-                f" the context (model.seq_len={model.config.seq_len}) has room for {most}"
-            )
+    """Greedy answers."""
+    _check_room(task, items, model)
     texts = model.generate(
         [item.prompt for item in items], max_new_tokens=task.max_new_tokens, temperature=0.0,
         return_full_text=False,
@@ -180,6 +175,44 @@ def _write(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
         for item, s in zip(items, said, strict=True)
     ]
     return Answered(_grouped(items, measure, task.metrics), records)
+
+
+def _code(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
+    """Programs, run in a process apart (`sandbox`)."""
+    _check_room(task, items, model)
+    texts = model.generate(
+        [item.prompt for item in items], max_new_tokens=task.max_new_tokens,
+        num_return_sequences=task.samples, temperature=0.8 if task.samples > 1 else 0.0,
+        return_full_text=False,
+    )  # fmt: skip
+    said = [[ended(text, task.stop) for text in of_item] for of_item in texts]
+    right = [
+        sum(sandbox.passes(f"{item.prompt}{s}\n{item.references[0]}") for s in of_item)
+        for item, of_item in zip(items, said, strict=True)
+    ]
+
+    def measure(name: str, rows: np.ndarray) -> Scored:
+        k = int(name.removeprefix("pass@"))
+        return mean_of([sandbox.pass_at_k(task.samples, right[i], k) for i in rows])
+
+    names = [name for name in task.metrics if int(name.removeprefix("pass@")) <= task.samples]
+    records = [
+        {"prompt": item.prompt, "said": s, "passed": r}
+        for item, s, r in zip(items, said, right, strict=True)
+    ]
+    return Answered(_grouped(items, measure, names), records)
+
+
+def _check_room(task: Task, items: Sequence[Item], model: LanguageModel) -> None:
+    """What does not fit beside `max_new_tokens` is told before anything is written."""
+    most = model.config.seq_len - task.max_new_tokens
+    for i, item in enumerate(items):
+        n = len(model.tokenizer.encode(item.prompt))
+        if n > most and model.config.architecture == "decoder":
+            raise UserError(
+                f"task {task.name}: item {i} has {n} tokens; beside {task.max_new_tokens} new ones"
+                f" the context (model.seq_len={model.config.seq_len}) has room for {most}"
+            )
 
 
 def ended(text: str, stops: Sequence[str]) -> str:

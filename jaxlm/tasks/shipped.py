@@ -168,6 +168,12 @@ def _gsm8k(path: str) -> Iterator[Item]:
         yield Item(f"Question: {get('question')}\nAnswer:", references=(answer,))
 
 
+def _human_eval(path: str) -> Iterator[Item]:
+    """Python functions to be finished, and their tests (Chen et al. 2021)."""
+    for get, _ in _numbered(path, "humaneval"):
+        yield Item(get("prompt"), references=(f"{get('test')}\ncheck({get('entry_point')})\n",))
+
+
 def last_number(text: str) -> str:
     """The last number in an answer, without thousands' commas; '' where there is none."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
@@ -238,6 +244,9 @@ SHIPPED = {
         _task("gsm8k", "write", _gsm8k, "exact_match",
               f"{_GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
               "MIT", max_new_tokens=256, stop=("\n\n", "Question:"), extract=last_number),
+        _task("humaneval", "code", _human_eval, "pass@1",
+              f"{_GITHUB}/openai/human-eval/master/data/HumanEval.jsonl.gz", "MIT",
+              max_new_tokens=384, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
         _task("cnn_dailymail", "write", _cnn, _ROUGE,
               f"{_HF}/abisee/cnn_dailymail/3.0.0/test-00000-of-00001.parquet", "Apache-2.0",
               max_new_tokens=128),

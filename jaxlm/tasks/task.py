@@ -21,6 +21,7 @@ KINDS = {
                "calibration_error"),
     "complete": ("accuracy", "perplexity"),
     "write": (),  # whatever `metrics.written` knows
+    "code": ("pass@1", "pass@10", "pass@100"),
     "read": ("perplexity", "bits_per_byte"),
 }  # fmt: skip
 
@@ -33,7 +34,7 @@ class Item:
     choices: tuple[str, ...] = ()  # choose: what may follow the prompt
     labels: tuple[str, ...] = ()  # choose: what a classifier calls the choices; (): as they are
     answer: int = -1  # choose: which one is right
-    references: tuple[str, ...] = ()  # complete, write: what is right; read: the text itself
+    references: tuple[str, ...] = ()  # complete, write: what is right; read: the text; code: tests
     text: str = ""  # choose: what a classifier reads; '': the prompt
     group: str = ""  # language, domain, subject …: scored apart, too
 
@@ -43,11 +44,12 @@ class Task:
     """How a model is asked.
 
     choose: the likeliest of an item's choices, or a classifier's label; complete: is the reference
-    what greedy decoding writes; write: a text; read: how likely the reference is.
+    what greedy decoding writes; write: a text; code: a program that begins with the prompt and ends
+    with the reference, its tests; read: how likely the reference is.
     """
 
     name: str
-    kind: Literal["choose", "complete", "write", "read"]
+    kind: Literal["choose", "complete", "write", "code", "read"]
     items: Callable[[str], Iterable[Item]]  # of a path or URL
     metrics: tuple[str, ...]
     home: str = ""  # URL of the data, fetched when asked for as NAME=hub
@@ -55,6 +57,7 @@ class Task:
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ("\n",)  # write: an answer ends before one of these
     extract: Callable[[str], str] | None = None  # write: the answer in what was written
+    samples: int = 1  # code: programs per item, drawn at temperature 0.8 where more than one
 
 
 def load(name: str) -> Task:
