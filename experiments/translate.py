@@ -100,7 +100,7 @@ def get_config() -> Config:
             seq_len=32, target_len=48, dropout=0.1, activation="swiglu", scan_layers=False,
         ),
         data=DataConfig(tokenizer="bpe", eval_fraction=HELD_OUT, eval_sequences=512, max_epochs=40),
-        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="linear"),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, schedule="linear"),
         train=TrainConfig(steps=800, global_batch_size=64, objective="pairs", log_every=50,
                           eval_every=200, checkpoint_every=100),
         tune=TuneConfig(examples=("translate.py:every",), input="source", target="target"),

@@ -88,7 +88,7 @@ def test_preference_is_dpo_s_formula_and_its_gradient_the_difference_of_two() ->
         examples.of_preferences(answers, 4)
 
 
-@pytest.mark.parametrize("k", [VOCAB, 3])
+@pytest.mark.parametrize("k", [VOCAB, pytest.param(3, marks=pytest.mark.slow)])
 def test_distillation_is_the_divergence_from_the_teacher(k: int) -> None:
     """temperature² · KL over the teacher's k likeliest; of all tokens it is 0, and without a
     gradient, where the model is its teacher (Hinton et al. 2015, §2)."""

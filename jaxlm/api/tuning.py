@@ -39,9 +39,10 @@ def finetune(
         stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
         folder, mirror = held.enter_context(workdir_of(workdir))
         made = tuning.material(config)
-        n, m = len(made.training), len(made.held_out)
+        n, m = len(made.training.ids), len(made.held_out.ids)
         what = f", {len(made.labels)} classes" if made.labels else ""
-        say(f"examples: {n:,} to learn from, {m:,} held out{what}")
+        rows = f" in {len(made.training):,} rows" if len(made.training) != n else ""
+        say(f"examples: {n:,} to learn from{rows}, {m:,} held out{what}")
         say(banner(made.config))
         row = tuning.tune(made, folder, stop, sending(mirror, progress))
         return checked_row(row, folder)
