@@ -250,6 +250,8 @@ def test_the_command_gives_rows(
     own.write_text(OWN.format(metric="acuracy"))
     assert "did you mean 'accuracy'" in refused(capsys, "evaluate", *where)
     assert "--task" in refused(capsys, "evaluate", where[0])
+    assert "blimp is there twice" in refused(capsys, "evaluate", *where[:2], where[1])
+    assert "is not empty" in refused(capsys, "evaluate", *where, f"--out={tmp_path / 'out'}")
     assert "--workdir" in refused(capsys, "evaluate", where[1])
 
 
@@ -291,6 +293,7 @@ def test_pass_at_k_is_the_share_of_draws_with_one_that_passes() -> None:
         assert sandbox.pass_at_k(n, right, k) == pytest.approx(want)
 
 
+@pytest.mark.slow  # lm-eval alone takes 10 s to import
 def test_lm_eval_asks_the_same_and_finds_the_same(folder: Path, tmp_path: Path) -> None:
     """BLiMP-like pairs as a task of lm-eval's, and as ours."""
     pytest.importorskip("lm_eval")

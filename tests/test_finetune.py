@@ -245,6 +245,8 @@ def test_the_command_finds_nothing_left_to_do(
     assert call("finetune", *where, "--json") == 0
     assert json.loads(capsys.readouterr().out) == _record(trained)
     assert "jaxlm finetune" in refused(capsys, "train", *where)
+    assert call("report", f"--workdir={trained}") == 0
+    assert "eval" in (trained / "report.html").read_text()
 
 
 def _record(folder: Path) -> dict:

@@ -34,41 +34,32 @@ def evaluate(
     that a model writes may be run (`tasks.sandbox`). `out`: a new folder for
     evaluation.json and each task's answers. Raises UserError before a model is asked anything.
     """
-    from jaxlm.evaluate import intervals
     from jaxlm.tasks import answers, task
 
-    named = [_named(text) for text in tasks]
-    if not named:
+    if not tasks:
         raise UserError("--task: expected a task, as in --task=imdb=reviews.csv")
-    read = []
-    for label, name, path in named:
+    if out is not None and Path(out).exists() and any(Path(out).iterdir()):
+        raise UserError(f"--out: {out} is not empty")
+    read: dict[str, tuple[task.Task, list[task.Item]]] = {}
+    for text in tasks:
+        name, _, path = text.partition("=")
         found = task.load(name)
+        label = f"text/{Path(path).name}" if found.name == "text" else found.name
+        if label in read:
+            raise UserError(f"--task: {label} is there twice")
         if found.kind == "code" and not run_code:
             raise UserError(f"task {label}: runs what the model writes; allow it by --run-code")
-        read.append((label, found, task.read(found, path, limit)))
-        say(f"{label}: {len(read[-1][2]):,} items")
+        read[label] = found, task.read(found, path, limit)
+        say(f"{label}: {len(read[label][1]):,} items")
     model = from_pretrained(source)
     other = None if against is None else from_pretrained(against)
     rows: list[Row] = []
     details: dict[str, Any] = {}
-    for label, found, items in read:
+    for label, (found, items) in read.items():
         mine = answers.answer(found, items, model)
         theirs = None if other is None else answers.answer(found, items, other)
         details[label] = mine.details
-        for (group, metric), scored in mine.scores.items():
-            row = {
-                "task": f"{label}/{group}" if group else label,
-                "metric": metric,
-                "value": scored.value,
-                "ci95": intervals.interval(scored, seed),
-                "n": scored.n,
-            }
-            if theirs is not None and (group, metric) in theirs.scores:
-                their = theirs.scores[group, metric]
-                pair = intervals.paired(their, scored, seed)
-                row |= {"against": their.value, "difference": pair["difference"],
-                        "difference_ci95": pair["ci95"], "p": pair["p"]}  # fmt: skip
-            rows.append(row)
+        rows += _rows(label, mine.scores, theirs.scores if theirs else {}, seed)
         if out is not None:
             for record in mine.records:
                 append_jsonl(Path(out) / f"{_file(label)}.jsonl", record)
@@ -77,6 +68,28 @@ def evaluate(
     if out is not None:
         write_json(Path(out) / "evaluation.json", result)
     return result
+
+
+def _rows(label: str, mine: Any, theirs: Any, seed: int) -> list[Row]:
+    """What is shown of a task's scores, and of their difference from another model's."""
+    from jaxlm.evaluate import intervals
+
+    rows = []
+    for (group, metric), scored in mine.items():
+        row = {
+            "task": f"{label}/{group}" if group else label,
+            "metric": metric,
+            "value": scored.value,
+            "ci95": intervals.interval(scored, seed),
+            "n": scored.n,
+        }
+        if (group, metric) in theirs:
+            other = theirs[group, metric]
+            pair = intervals.paired(other, scored, seed)
+            row |= {"against": other.value, "difference": pair["difference"],
+                    "difference_ci95": pair["ci95"], "p": pair["p"]}  # fmt: skip
+        rows.append(row)
+    return rows
 
 
 def lm_eval(
@@ -115,15 +128,6 @@ def lm_eval(
             })  # fmt: skip
     return {"format": FORMAT, "model": str(source), "tasks": list(tasks), "rows": rows,
             "details": {}}  # fmt: skip
-
-
-def _named(text: str) -> tuple[str, str, str]:
-    """(label, task, path) of 'NAME=PATH'."""
-    name, _, path = text.partition("=")
-    label = Path(name).stem
-    if label == "text" and path:  # one for each domain
-        label = f"text/{Path(path).name}"
-    return label, name, path
 
 
 def _file(label: str) -> str:

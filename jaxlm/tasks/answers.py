@@ -38,11 +38,9 @@ def answer(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
 def _grouped(items: Sequence[Item], measure: Any, names: Sequence[str]) -> Measured:
     """`measure(name, rows)` for all rows, and for those of each group where there are several."""
     groups = {"": np.arange(len(items))}
-    for name in dict.fromkeys(item.group for item in items):
+    found = {item.group for item in items}
+    for name in sorted(found - {""}) if len(found) > 1 else ():
         groups[name] = np.array([i for i, item in enumerate(items) if item.group == name])
-    if len(groups) == 2:  # one group is all of them
-        del groups[items[0].group if items[0].group else ""]
-        groups = {"": np.arange(len(items))}
     return {(g, name): measure(name, rows) for g, rows in groups.items() for name in names}
 
 
