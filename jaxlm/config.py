@@ -173,9 +173,12 @@ class TrainConfig:
 class MeshConfig:
     """Devices per mesh axis; -1 takes what is left. The product must be the device count."""
 
-    data: int = doc(-1, "batch over devices, parameters copied")
+    data: int = doc(-1, "batch over devices, parameters copied; over slices (DCN) first")
     fsdp: int = doc(1, "batch over devices, parameters and optimizer state cut up (ZeRO-3)")
     tensor: int = doc(1, "heads, feed-forward and vocabulary cut up")
+    context: int = doc(1, "sequences cut up (ring attention)")
+    expert: int = doc(1, "batch over devices, experts of a mixture cut up (all-to-all)")
+    stage: int = doc(1, "layers cut up (a pipeline)")
 
 
 @dataclass(frozen=True)

@@ -159,9 +159,9 @@ def _keep_data_card(folder: Path, data_dir: Path) -> None:
 
 
 def reading_mesh(config: Config) -> jax.sharding.Mesh:
-    """The run's own mesh where these devices make it up, else one device."""
+    """The run's own devices (`mesh.for_reading`) where these make it up, else one device."""
     try:
-        return mesh.make(config)
+        return mesh.for_reading(mesh.make(config))
     except UserError:
         return mesh.make(replace(config, mesh=MeshConfig()), jax.devices()[:1])
 

@@ -301,7 +301,7 @@ def _padded(ids: Sequence[np.ndarray], t: int, rows: int) -> tuple[np.ndarray, n
 
 def _placed(ids: Sequence[np.ndarray], devices: jax.sharding.Mesh) -> tuple[Any, Any]:
     """Tokens and segments on the mesh, both sizes rounded up."""
-    parts = math.prod(devices.shape[axis] for axis in mesh.RULES["batch"] or ())
+    parts = mesh.parts("batch")
     rows = -(-len(ids) // parts) * parts
     padded = _padded(ids, decode.slots(max(map(len, ids))), rows)
     return mesh.put_batch(padded, devices)

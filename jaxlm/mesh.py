@@ -7,7 +7,7 @@ of its type, so a wrong layout is an error and not a slow run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,16 @@ from jaxlm.chips import chip_of
 from jaxlm.config import Config, MeshConfig
 from jaxlm.schema import UserError
 
-AXES = ("data", "fsdp", "tensor")
+STAGE, CONTEXT, EXPERT, TENSOR = "stage", "context", "expert", "tensor"
+
+# In the order of the devices, the slowest links first: `data` may cross slices.
+AXES = ("data", STAGE, CONTEXT, "fsdp", EXPERT, TENSOR)
+_EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 # Logical axis of an array → mesh axis. `d_model` of a parameter is cut by fsdp and gathered at use.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "seq": "context",
     "vocab": "tensor",
     "d_model": "fsdp",
     "heads": "tensor",
@@ -32,21 +37,66 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "d_ff": "tensor",
     "d_head": None,
     "d_out": None,
-    "experts": None,
+    "experts": "expert",
     "buckets": None,
+    "positions": None,
+    "routes": None,
     "types": None,
     "classes": None,
     "rank": None,
-    "seq": None,
-    "layers": None,
+    "layers": "stage",
     "population": None,
 }
 
 
 def spec(axes: Sequence[str | None], gathered: bool = False) -> P:
-    """PartitionSpec of an array with these logical axes; `gathered`: as used, without fsdp."""
-    mesh_axes = [RULES[a] if a is not None else None for a in axes]
-    return P(*[None if gathered and m == "fsdp" else m for m in mesh_axes])
+    """PartitionSpec, on the mesh that is set, of an array with these logical axes; `gathered`: as
+    used, without fsdp. Mesh axes of size 1, and those of a `local` around it, are left out."""
+    cut = _cut()
+
+    def on_mesh(axis: str | None) -> str | tuple[str, ...] | None:
+        wanted = RULES[axis] if axis is not None else None
+        names = (wanted,) if isinstance(wanted, str) else wanted or ()
+        there = tuple(n for n in names if n in cut and not (gathered and n == "fsdp"))
+        return there if len(there) > 1 else there[0] if there else None
+
+    return P(*map(on_mesh, axes))
+
+
+def _cut() -> frozenset[str]:
+    """Axes of the mesh that is set along which an array can be cut here."""
+    here = jax.sharding.get_abstract_mesh()
+    sizes_and_types = zip(here.axis_names, here.axis_sizes, here.axis_types, strict=True)
+    return frozenset(a for a, n, kind in sizes_and_types if n > 1 and kind == AxisType.Explicit)
+
+
+def size(*axes: str) -> int:
+    """Devices along these axes of the mesh that is set; 1 without a mesh."""
+    here = jax.sharding.get_abstract_mesh()
+    return math.prod(here.shape[a] for a in axes) if here.axis_names else 1
+
+
+def parts(logical: str) -> int:
+    """Into how many parts an array is cut along a logical axis."""
+    axes = RULES[logical]
+    return size(*((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def local(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`f` on each device's own part of its arguments (`jax.shard_map` over every axis that is not
+    so mapped already), which are laid out as `in_specs` say first."""
+    here = jax.sharding.get_abstract_mesh()
+    types = zip(here.axis_names, here.axis_types, strict=True)
+    names = {a for a, kind in types if kind == AxisType.Explicit}
+    if not names:
+        return f
+    # Inside another one, jax 0.10.2 gets the layout of what it keeps for the gradient wrong if it
+    # checks which values vary along which axes.
+    alone = len(names) == len(here.axis_names)
+    mapped = jax.shard_map(
+        f, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=alone
+    )
+    return lambda *args: mapped(*map(jax.reshard, args, in_specs))
 
 
 def platform() -> str:
@@ -62,20 +112,21 @@ def device_kind() -> str:
 
 
 def sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
-    """Devices per axis, -1 filled in. Raises UserError when the product is not `n_devices`."""
-    wanted = [getattr(config, a) for a in AXES]
-    if wanted.count(-1) > 1 or any(n == 0 or n < -1 for n in wanted):
+    """Devices per axis, in the order of AXES, -1 filled in. Raises UserError when the product is
+    not `n_devices`."""
+    wanted = {a: getattr(config, a) for a in AXES}
+    if list(wanted.values()).count(-1) > 1 or any(n == 0 or n < -1 for n in wanted.values()):
         raise UserError(f"config.mesh: expected sizes ≥ 1 and at most one -1, got {config}")
-    fixed = math.prod(n for n in wanted if n != -1)
-    if -1 in wanted and n_devices % fixed == 0:
-        wanted[wanted.index(-1)] = n_devices // fixed
-    if math.prod(wanted) != n_devices:
-        shape = " × ".join(f"{a}={n}" for a, n in zip(AXES, wanted, strict=True))
+    fixed = math.prod(n for n in wanted.values() if n != -1)
+    if n_devices % fixed == 0:
+        wanted = {a: n_devices // fixed if n == -1 else n for a, n in wanted.items()}
+    if math.prod(wanted.values()) != n_devices:
+        shape = " × ".join(f"{a}={n}" for a, n in wanted.items() if n != 1)
         raise UserError(
-            f"config.mesh: {shape} needs a product of {n_devices} devices;"
+            f"config.mesh: {shape or 'data=1'} needs a product of {n_devices} devices;"
             f" valid sizes per axis: {', '.join(map(str, _divisors(n_devices)))}"
         )
-    return tuple(wanted)
+    return tuple(wanted.values())
 
 
 def _divisors(n: int) -> list[int]:
@@ -83,17 +134,29 @@ def _divisors(n: int) -> list[int]:
 
 
 def make(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of a run. Raises UserError when the config's shapes do not divide by it."""
+    """The mesh of a run; where devices are of several slices, `data` goes over them first (DCN).
+    Raises UserError when the config's shapes do not divide by it."""
     devices = jax.devices() if devices is None else list(devices)
     shape = sizes(config.mesh, len(devices))
     check_divides(config, dict(zip(AXES, shape, strict=True)))
-    return jax.sharding.Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Explicit,) * 3)
+    return jax.sharding.Mesh(grid(shape, devices), AXES, axis_types=_EXPLICIT)
 
 
-def _grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices of one slice in the mesh's shape: the axes along those of the torus, split where
-    they must be; where jax finds no way (140 × 8 × 8 on 16x20x28), in the order of the torus, whose
-    axis with most factors of two turns fastest."""
+def grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the mesh's shape: `data` over slices first, within them as `_of_slice`."""
+    slices: dict[int, list[Any]] = {}
+    for d in devices:
+        slices.setdefault(getattr(d, "slice_index", 0) or 0, []).append(d)
+    n, (data, *others) = len(slices), shape
+    if data % n:
+        raise UserError(f"config.mesh.data: expected a multiple of {n} slices, got {data}")
+    return np.concatenate([_of_slice((data // n, *others), slices[i]) for i in sorted(slices)])
+
+
+def _of_slice(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of one slice in a shape: the axes along those of the torus, split where they
+    must be; where jax finds no way (140 × 8 × 8 on 16x20x28), in the order of the torus, whose axis
+    with most factors of two turns fastest."""
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (NotImplementedError, TypeError):
@@ -104,24 +167,53 @@ def _grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
         return np.array(devices, object)[order].reshape(shape)
 
 
+def for_reading(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The same devices in the same order for evaluating and generating, whose rows are too short
+    to be cut and whose layers come one after the other: stage and context become fsdp."""
+    shape = dict(mesh.shape)
+    if shape["stage"] * shape["context"] == 1:
+        return mesh
+    shape["fsdp"] *= shape["stage"] * shape["context"]
+    shape["stage"] = shape["context"] = 1
+    devices = mesh.devices.reshape(tuple(shape.values()))
+    return jax.sharding.Mesh(devices, AXES, axis_types=_EXPLICIT)
+
+
 def check_divides(config: Config, shape: dict[str, int]) -> None:
     """Every sharded dimension divides by its mesh axis, or a UserError says which number to use."""
-    m, t = config.model, config.train
+    m, t, tensor = config.model, config.train, shape["tensor"]
+    moe, both = m.moe.n_experts > 0, m.architecture == "encoder_decoder"
+    # Of a causal stack each device has an early and a late piece (`model.ring`).
+    pieces = shape["context"] * (1 if shape["context"] == 1 or m.architecture == "encoder" else 2)
+    layers = shape["stage"] * m.pipeline_repeats
     rows = {
         "train.global_batch_size / accumulation_steps": (
             t.global_batch_size // t.accumulation_steps,
-            shape["data"] * shape["fsdp"],
-            "data × fsdp",
+            math.prod(shape[a] for a in ("data", "fsdp", "expert")),
+            "data × fsdp × expert",
         ),
-        "model.d_model": (m.d_model, shape["fsdp"], "fsdp"),
-        "model.n_heads": (m.n_heads, shape["tensor"], "tensor"),
-        "model.n_kv_heads": (m.kv_heads, shape["tensor"], "tensor"),
-        ("model.moe.d_expert" if m.moe.n_experts else "model.d_ff"): (
-            m.expert_dim if m.moe.n_experts else m.ff_dim,
-            shape["tensor"],
+        "model.d_model": (
+            m.d_model,
+            math.prod(shape[a] for a in ("fsdp", "stage", "context")),
+            "fsdp × stage × context",
+        ),
+        "model.n_heads": (m.n_heads, tensor, "tensor"),
+        "model.n_kv_heads": (m.kv_heads, tensor, "tensor"),
+        "model.moe.d_expert" if moe else "model.d_ff": (
+            m.expert_dim if moe else m.ff_dim,
+            tensor,
             "tensor",
         ),
-        "model.vocab_size": (m.vocab_size, shape["tensor"], "tensor"),
+        "model.vocab_size": (m.vocab_size, tensor, "tensor"),
+        "model.seq_len": (m.seq_len, pieces, "context (× 2 where causal)"),
+        "model.target_len": (m.decoder_len, pieces, "context (× 2 where causal)"),
+        "model.n_layers": (m.n_layers, layers, "stage × model.pipeline_repeats"),
+        "model.n_encoder_layers": (
+            m.encoder_layers if both else layers,
+            layers,
+            "stage × model.pipeline_repeats",
+        ),
+        "model.moe.n_experts": (m.moe.n_experts, shape["expert"] if moe else 1, "expert"),
     }
     for name, (value, n, axis) in rows.items():
         if value % n:
@@ -129,6 +221,8 @@ def check_divides(config: Config, shape: dict[str, int]) -> None:
                 f"config.{name}: {value} does not divide by mesh {axis}={n};"
                 f" nearest: {max(1, value // n) * n} or {-(-value // n) * n}"
             )
+    if m.layer and shape["context"] > 1:
+        raise UserError("config.mesh.context: expected 1 with an own layer (model.layer)")
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

@@ -110,6 +110,12 @@ class ModelConfig:
     )
     remat: Literal["none", "dots", "full"] = doc("none", "what the backward pass recomputes")
     scan_layers: bool = doc(True, "scan over stacked layers; False unrolls (faster on small CPUs)")
+    pipeline_repeats: int = doc(
+        1, "mesh.stage: how often the layers go round the stages; 1: GPipe, more: fewer bubbles"
+    )
+    pipeline_microbatches: int = doc(
+        0, "mesh.stage: parts of the rows in the pipeline; 0: four per stage, if the rows divide"
+    )
     layer: str = doc("", "own block, 'file.py:Class' (an nnx.Module like model.layers.Block)")
 
     @property
@@ -177,7 +183,7 @@ RANGES: Ranges = (
         lambda x: x >= 1,
         "d_model n_layers n_encoder_layers n_heads n_kv_heads d_head d_ff seq_len target_len"
         " base_d_model base_n_layers relative_distance sliding_window moe.d_expert"
-        " moe.experts_per_token rope_scaling.original_seq_len rope_scaling.factor",
+        " moe.experts_per_token rope_scaling.original_seq_len rope_scaling.factor pipeline_repeats",
     ),
     ("at least 2", lambda x: x >= 2, "vocab_size"),
     ("at least 4", lambda x: x >= 4, "relative_buckets"),
@@ -185,7 +191,7 @@ RANGES: Ranges = (
         "at least 0",
         lambda x: x >= 0,
         "norm_eps global_every n_token_types n_classes moe.n_experts moe.n_shared_experts"
-        " moe.balance_loss moe.router_z_loss",
+        " moe.balance_loss moe.router_z_loss pipeline_microbatches",
     ),
     (
         "above 0",

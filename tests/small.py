@@ -49,7 +49,7 @@ def compiled_quickly():
 @contextlib.contextmanager
 def on_mesh(config: Config, quick: bool = True):
     """The config's mesh, set."""
-    n = int(np.prod([config.mesh.data, config.mesh.fsdp, config.mesh.tensor]))
+    n = int(np.prod([getattr(config.mesh, axis) for axis in mesh.AXES]))
     how = compiled_quickly() if quick else contextlib.nullcontext()
     with how, jax.set_mesh(mesh.make(config, jax.devices()[:n])):
         yield

@@ -1,5 +1,6 @@
 """The same losses on every mesh, and one clear line for a mesh that cannot be."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import small
 
 from jaxlm import mesh
 from jaxlm.config import MeshConfig
+from jaxlm.model_config import MoE
 from jaxlm.schema import UserError
 from jaxlm.train.optimizer import hyper
 from jaxlm.train.step import program
@@ -99,15 +101,17 @@ def test_parameters_lie_where_the_rules_say():
 @pytest.mark.parametrize(
     "config, devices, expected",
     [
-        (MeshConfig(), 1, (1, 1, 1)),
-        (MeshConfig(), 8, (8, 1, 1)),
-        (MeshConfig(2, 2, 2), 8, (2, 2, 2)),
-        (MeshConfig(1, -1, 2), 8, (1, 4, 2)),
-        (MeshConfig(2, 1, -1), 6, (2, 1, 3)),
+        (MeshConfig(), 1, {}),
+        (MeshConfig(), 8, {"data": 8}),
+        (MeshConfig(2, 2, 2), 8, {"data": 2, "fsdp": 2, "tensor": 2}),
+        (MeshConfig(1, -1, 2), 8, {"fsdp": 4, "tensor": 2}),
+        (MeshConfig(2, 1, -1), 6, {"data": 2, "tensor": 3}),
+        (MeshConfig(1, context=2, expert=-1, stage=2), 8, {"context": 2, "expert": 2, "stage": 2}),
     ],
 )
 def test_sizes_fill_in_what_is_left(config, devices, expected):
-    assert mesh.sizes(config, devices) == expected
+    found = dict(zip(mesh.AXES, mesh.sizes(config, devices), strict=True))
+    assert {axis: n for axis, n in found.items() if n > 1} == expected
 
 
 @pytest.mark.parametrize(
@@ -136,9 +140,18 @@ def test_an_impossible_mesh_is_one_clear_line(config, said):
         ((8, 1, 1), {}, {"global_batch_size": 12}, ["global_batch_size", "12", "data", "8 or 16"]),
         (
             (4, 2, 1), {}, {"global_batch_size": 8, "accumulation_steps": 2},
-            ["accumulation_steps", "4", "data × fsdp=8", "8"],
+            ["accumulation_steps", "4", "data × fsdp × expert=8", "8"],
         ),
-        ((1, 8, 1), {"d_model": 12}, {"global_batch_size": 8}, ["d_model", "fsdp=8", "8 or 16"]),
+        (
+            (1, 8, 1), {"d_model": 12}, {"global_batch_size": 8},
+            ["d_model", "fsdp × stage × context=8", "8 or 16"],
+        ),
+        ((1, 1, 1, 8), {"seq_len": 24}, {}, ["seq_len", "24", "context", "=16", "16 or 32"]),
+        ((1, 1, 1, 1, 1, 8), {"n_layers": 6}, {}, ["n_layers", "6", "stage", "=8", "8"]),
+        (
+            (2, 1, 1, 1, 4), {"moe": MoE(n_experts=6)}, {"global_batch_size": 8},
+            ["n_experts", "6", "expert=4", "4 or 8"],
+        ),
         ((1, 1, 8), {"n_heads": 4}, {}, ["n_heads", "4", "tensor=8", "8"]),
         ((4, 1, 2), {"n_kv_heads": 1}, {}, ["n_kv_heads", "1", "tensor=2"]),
         ((4, 1, 2), {"d_ff": 15}, {}, ["d_ff", "15", "14 or 16"]),
@@ -161,3 +174,32 @@ def test_a_batch_is_cut_by_rows():
     for array, host in zip(on_mesh, batch, strict=True):
         assert array.dtype == host.dtype and np.array_equal(array, host)
         assert {shard.data.shape for shard in array.addressable_shards} == {(3, 1, 12)}
+
+
+def test_for_reading_the_same_devices_have_neither_stages_nor_pieces_of_sequences():
+    config = small.config({"d_model": 8, "seq_len": 16}, sizes=(1, 1, 2, 2, 1, 2))
+    training = mesh.make(config, jax.devices())
+    reading = mesh.for_reading(training)
+    assert {a: n for a, n in reading.shape.items() if n > 1} == {"fsdp": 4, "tensor": 2}
+    assert list(reading.devices.flat) == list(training.devices.flat)
+
+
+def test_data_goes_over_slices_first():
+    """What two TPU slices are: devices that know their slice and where they are in it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        id: int
+        slice_index: int
+        process_index: int = 0
+        platform: str = "cpu"
+        device_kind: str = "cpu"
+
+    devices = [Device(i, i % 2) for i in range(8)]
+    config = small.config(train={"global_batch_size": 8}, sizes=(4, 2, 1))
+    found = mesh.grid(mesh.sizes(config.mesh, 8), devices)
+    assert [[d.slice_index for d in row] for row in found.reshape(4, 2)] == [
+        [0, 0], [0, 0], [1, 1], [1, 1]
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"config\.mesh\.data: expected a multiple of 2 slices"):
+        mesh.grid((1, 1, 1, 8, 1, 1), devices)

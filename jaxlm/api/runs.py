@@ -109,11 +109,12 @@ def banner(config: Config) -> str:
     from jaxlm.model.scale import size
 
     counts, n = size(config.model), len(jax.devices())
-    axes = zip(mesh.AXES, mesh.sizes(config.mesh, n), strict=True)
+    shape = dict(zip(mesh.AXES, mesh.sizes(config.mesh, n), strict=True))
+    axes = {a: k for a, k in shape.items() if k > 1} or {"data": 1}
     state_gib = counts.params * 16 / 2**30  # float32 parameters, gradients and two moments
     return (
         f"{config.name}: {n} × {jax.devices()[0].device_kind},"
-        f" mesh {' × '.join(f'{a} {k}' for a, k in axes)};"
+        f" mesh {' × '.join(f'{a} {k}' for a, k in axes.items())};"
         f" {counts.params:,} parameters ({counts.params_non_embedding:,} without embeddings),"
         f" {config.tokens:,} tokens, {counts.flops_per_token * config.tokens:.3g} FLOPs,"
         f" {config.train.steps:,} steps; {state_gib:.2g} GiB of state"

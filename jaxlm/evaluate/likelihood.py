@@ -82,7 +82,7 @@ def continuations(config: ModelConfig, params: Any, batch: Batch) -> tuple[np.nd
     """Of each of [n, t] sequences: Σ weights · negative log-likelihood, float64 [n], and whether
     every target with a weight was the likeliest token, bool [n]."""
     n, devices = batch.tokens.shape[0], jax.sharding.get_mesh()
-    more = -n % math.prod(devices.shape[a] for a in ("data", "fsdp"))
+    more = -n % mesh.parts("batch")
     padded = jax.tree.map(lambda x: np.pad(x, ((0, more), (0, 0))), batch)
     found = _continued(config, devices)(params, mesh.put_batch(padded, devices))
     nll_nt, likeliest_nt = (np.asarray(x)[:n] for x in found)
@@ -95,7 +95,7 @@ def _evaluated(config: Config, params: Any, batch: Any) -> tuple[np.ndarray, np.
     n = batch.tokens.shape[0]
     devices = jax.sharding.get_mesh()
     rows = min(ROWS, n)
-    rows += -rows % math.prod(devices.shape[a] for a in ("data", "fsdp"))
+    rows += -rows % mesh.parts("batch")
     whole = -(-n // rows) * rows
     padded = jax.tree.map(lambda x: np.pad(x, ((0, whole - n), (0, 0))), batch)
     parts = jax.tree.map(lambda x: x.reshape(-1, rows, x.shape[-1]), padded)

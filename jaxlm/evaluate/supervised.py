@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ def totals(config: Config, params: Any, batch: Any) -> dict[str, float]:
     """eval/loss and the objective's other sums, summed over the examples' weights, and "weight"."""
     devices, n = jax.sharding.get_mesh(), len(batch.tokens)
     rows = min(ROWS, n)
-    rows += -rows % math.prod(devices.shape[a] for a in ("data", "fsdp"))
+    rows += -rows % mesh.parts("batch")
     run = _totals(steps.static(config), devices)
     total: dict[str, float] = {}
     for i in range(0, n, rows):

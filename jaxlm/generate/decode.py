@@ -7,7 +7,6 @@ nothing that a prompt sees. Shapes grow in powers of two: another length seldom 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -265,7 +264,7 @@ def _left_padded(prompts: Prompts) -> tuple[jax.Array, jax.Array]:
 def _place(prompts: Sequence[np.ndarray], seed: int = 0) -> Prompts:
     """The prompts as one batch on the mesh, its two sizes rounded up."""
     devices = jax.sharding.get_mesh()
-    parts = math.prod(devices.shape[axis] for axis in mesh.RULES["batch"] or ())
+    parts = mesh.parts("batch")
     rows, t = -(-_power_of_two(len(prompts)) // parts) * parts, slots(max(map(len, prompts)))
     tokens_bt, lengths_b = np.zeros((rows, t), np.int32), np.zeros(rows, np.int32)
     streams_b2 = np.zeros((rows, 2), np.uint32)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.mesh import platform, spec
-from jaxlm.model import kernels
+from jaxlm.mesh import CONTEXT, platform, size, spec
+from jaxlm.model import kernels, ring
 
 NEGATIVE = -1e30  # finite: a row without any allowed key must not become NaN
 
@@ -39,7 +39,8 @@ def attend(
 
     `implementation`: "blocks", whose causal queries go in blocks, each against the keys up to its
     end, so that most of the upper triangle is never computed; or one of `kernels`. "auto" takes
-    splash on a TPU and dot_product on a GPU where they can do what is asked, else blocks.
+    splash on a TPU and dot_product on a GPU where they can do what is asked, else blocks. Where
+    the mesh cuts sequences up, it is `ring` in any case.
     """
     b, t, h, k = q_bthk.shape
     s, g = k_bsgk.shape[1], k_bsgk.shape[2]
@@ -49,6 +50,12 @@ def attend(
     q_btgrk = q_btgrk.reshape(b, t, g, h // g, k, out_sharding=by_group)
     q_bgrtk = q_btgrk.transpose(0, 2, 3, 1, 4)
     k_bgsk, v_bgsk = k_bsgk.transpose(0, 2, 1, 3), v_bsgk.transpose(0, 2, 1, 3)
+    if size(CONTEXT) > 1:
+        y_bgrtk = ring.attend(
+            q_bgrtk, k_bgsk, v_bgsk, segments_bt, segments_bs, causal, window, soft_cap, bias_hts,
+            prefix_bs,
+        )  # fmt: skip
+        return _by_time(y_bgrtk)
     itself = isinstance(offset, int) and offset == 0 and s == t  # every query sees its own key
     if implementation == "auto":
         plain = bias_hts is None and prefix_bs is None

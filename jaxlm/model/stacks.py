@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm import mesh
 from jaxlm.config import ModelConfig
 from jaxlm.mesh import spec
+from jaxlm.model import pipeline, ring
 from jaxlm.model.layers import Block, Context, Memory
-from jaxlm.model.moe import Sums
+from jaxlm.model.moe import Sums, router_sums
 from jaxlm.model.parts import Norm, declare, use
 from jaxlm.model.positions import Rope, relative_bucket, rotary
 from jaxlm.pyfile import resolve
@@ -85,7 +87,7 @@ class Model(nnx.Module):
         std = 1.0 if untied_mup or config.scale_output else 0.02
         self.embedding = declare(rngs, (v, d), ("vocab", "d_model"), "embedding", std)
         if config.positions == "learned":
-            shape, axes = (config.seq_len, d), ("seq", "d_model")
+            shape, axes = (config.seq_len, d), ("positions", "d_model")
             self.positions = declare(rngs, shape, axes, "embedding", 0.02)
         if config.n_token_types:
             shape, axes = (config.n_token_types, d), ("types", "d_model")
@@ -128,28 +130,72 @@ def run(
 ) -> tuple[jax.Array, Any, Sums]:
     """Through all blocks of `stack` (a Model or Encoder; `layers`: their weights as plain dicts)
     and the norm behind them. Caches come back stacked, sums as means over the layers."""
-    memory = context.memory
-    graph = _block_graph(config, memory is not None)
-    ropes = _ropes(config, context.positions_bt)
+    zigzag = ring.balanced(context.causal, context.prefix_bs)
+    if zigzag:
+        x_btd = ring.to_zigzag(x_btd)
+        context = context._replace(
+            positions_bt=ring.to_zigzag(context.positions_bt),
+            segments_bt=ring.to_zigzag(context.segments_bt),
+            segments_bs=ring.to_zigzag(context.segments_bs),
+        )
     if config.positions == "relative":
         s = context.segments_bs.shape[1]
         bias_hts = _relative(config, stack.relative, x_btd.shape[1], s, context)
         context = context._replace(bias_hts=bias_hts)
-
-    def block(local: bool | None, x_btd: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        weights, cache, key, remembered, scanned = layer
-        window, rope = _seen(config, scanned if local is None else local, ropes)
-        here = context._replace(window=window, rope=rope, key=key)
-        if memory is not None:
-            keys, values = remembered
-            here = here._replace(memory=Memory(keys, values, memory.segments_bs))
-        x_btd, cache, *sums = nnx.merge(graph, weights)(x_btd, here, cache)
-        return x_btd, (cache, sums[0] if sums else {})
-
-    remembered = None if memory is None else (memory.keys, memory.values)
-    x_btd, (cache, sums) = _through(config, block, x_btd, layers, cache, key, remembered)
-    sums = {name: x.mean() for name, x in sums.items()}
+    n = len(jax.tree.leaves(layers)[0])
+    local = config.local if config.sliding_window is not None else (False,) * n
+    if mesh.size(mesh.STAGE) > 1:
+        x_btd, sums = _through_stages(config, x_btd, layers, context, local, key)
+        cache = None
+    else:
+        keys = None if key is None else jax.random.split(key, n)
+        x_btd, (cache, sums) = _through(config, x_btd, layers, context, local, cache, keys)
+    sums = {name: x.mean() for name, x in router_sums(sums).items()}
+    x_btd = ring.from_zigzag(x_btd) if zigzag else x_btd
     return x_btd if stack.norm is None else stack.norm(x_btd), cache, sums
+
+
+def _through_stages(
+    config: ModelConfig,
+    x_btd: jax.Array,
+    layers: Params,
+    context: Context,
+    local: tuple[bool, ...],
+    key: jax.Array | None,
+) -> tuple[jax.Array, Sums]:
+    """All blocks, each stage with its own (`model.pipeline`)."""
+    alike, memory = len(set(local)) == 1, context.memory
+    flags = None if alike else jax.reshard(jnp.array(local), spec(("layers",)))
+    keys = None if key is None else jax.random.key_data(jax.random.split(key, len(local)))
+    keys = None if keys is None else jax.reshard(keys, spec(("layers", None)))
+    segments_bm = None if memory is None else memory.segments_bs
+    rows = (*context[:3], context.prefix_bs, segments_bm)
+    remembered = None if memory is None else memory[:2]
+
+    def through(
+        bias_hts: Any, x_btd: Any, rows: Any, layers: Any, remembered: Any, number: Any
+    ) -> Any:
+        weights, flags, keys = layers
+        positions_bt, segments_bt, segments_bs, prefix_bs, segments_bm = rows
+        here = Context(
+            positions_bt, segments_bt, segments_bs, 0, None, causal=context.causal,
+            prefix_bs=prefix_bs, bias_hts=bias_hts,
+        )  # fmt: skip
+        if remembered is not None:
+            keys_bsgk, values_bsgk = remembered
+            here = here._replace(memory=Memory(keys_bsgk, values_bsgk, segments_bm))
+        n = len(jax.tree.leaves(weights)[0])
+        if keys is not None:
+            each = jax.random.wrap_key_data(keys)
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(each)
+        known = local[:n] if flags is None else flags
+        x_btd, (_, sums) = _through(config, x_btd, weights, here, known, None, keys)
+        return x_btd, sums
+
+    return pipeline.run(
+        through, context.bias_hts, x_btd, rows, (layers, flags, keys), remembered,
+        config.pipeline_repeats, config.pipeline_microbatches,
+    )  # fmt: skip
 
 
 def remember(
@@ -158,10 +204,14 @@ def remember(
     """Keys and values of every layer's cross-attention to an encoder's output."""
     graph = _block_graph(config, True)
 
-    def of(layer: Params) -> tuple[jax.Array, jax.Array]:
+    def of(x_bsd: jax.Array, layer: Params) -> tuple[jax.Array, jax.Array]:
         return nnx.merge(graph, layer).cross_attention.keys_values(x_bsd)
 
-    keys, values = jax.lax.map(of, layers)
+    def of_all(layers: Params, x_bsd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.map(functools.partial(of, x_bsd), layers)
+
+    each = pipeline.by_stage if mesh.size(mesh.STAGE) > 1 else lambda f, *args: f(*args)
+    keys, values = each(of_all, layers, x_bsd)
     return Memory(keys, values, segments_bs)
 
 
@@ -176,11 +226,14 @@ def _ropes(config: ModelConfig, positions_bt: jax.Array) -> list[Rope | None]:
 def _relative(config: ModelConfig, table: nnx.Param, t: int, s: int, context: Context) -> jax.Array:
     """What T5 adds to the scores, float32 [h, t, s]: a number per head and bucket of distances,
     the same in all layers."""
-    distance_ts = jnp.arange(s)[None, :] - (context.offset + jnp.arange(t))[:, None]
+    slots_t, slots_s = jnp.arange(t), jnp.arange(s)
+    if ring.balanced(context.causal, context.prefix_bs):
+        slots_t = slots_s = jnp.asarray(ring.order(t))
+    distance_ts = slots_s[None, :] - (context.offset + slots_t)[:, None]
     both_ways = not context.causal
     buckets = config.relative_buckets, config.relative_distance
     bucket_ts = relative_bucket(distance_ts, *buckets, both_ways=both_ways)
-    layout = spec((None, None, "heads"))
+    layout = spec(("seq", None, "heads"))
     bias_tsh = use(table, jnp.zeros((), jnp.float32)).at[bucket_ts].get(out_sharding=layout)
     return bias_tsh.transpose(2, 0, 1)
 
@@ -197,17 +250,29 @@ def _seen(config: ModelConfig, local: Any, ropes: list[Rope | None]) -> tuple[An
 
 def _through(
     config: ModelConfig,
-    block: Any,
     x_btd: jax.Array,
     layers: Params,
+    context: Context,
+    local: tuple[bool, ...] | jax.Array,
     cache: Any,
-    key: jax.Array | None,
-    remembered: Any,
+    keys: jax.Array | None,
 ) -> tuple[jax.Array, tuple[Any, Sums]]:
-    """All blocks in order: one scanned body, or unrolled. Caches and sums come back stacked."""
-    n = len(jax.tree.leaves(layers)[0])
-    local = config.local if config.sliding_window is not None else (False,) * n
-    keys = None if key is None else jax.random.split(key, n)
+    """Blocks in order: one scanned body, or unrolled. Caches and sums come back stacked.
+
+    `local`: which of them see only the sliding window."""
+    memory, n = context.memory, len(jax.tree.leaves(layers)[0])
+    graph = _block_graph(config, memory is not None)
+    ropes = _ropes(config, context.positions_bt)
+
+    def block(local: bool | None, x_btd: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, cache, key, remembered, scanned = layer
+        window, rope = _seen(config, scanned if local is None else local, ropes)
+        here = context._replace(window=window, rope=rope, key=key)
+        if memory is not None:
+            keys_bsgk, values_bsgk = remembered
+            here = here._replace(memory=Memory(keys_bsgk, values_bsgk, memory.segments_bs))
+        x_btd, cache, *sums = nnx.merge(graph, weights)(x_btd, here, cache)
+        return x_btd, (cache, sums[0] if sums else {})
 
     def of(local: bool | None) -> Any:
         f = functools.partial(block, local)
@@ -216,10 +281,11 @@ def _through(
         saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         return jax.checkpoint(f, policy=saved if config.remat == "dots" else None)
 
-    if config.scan_layers:
-        alike = len(set(local)) == 1
-        scanned = None if alike else jnp.array(local)
-        body = of(local[0] if alike else None)
+    remembered = None if memory is None else memory[:2]
+    if config.scan_layers or isinstance(local, jax.Array):
+        alike = isinstance(local, tuple) and len(set(local)) == 1
+        scanned = None if alike else jnp.asarray(local)
+        body = of(bool(local[0]) if alike else None)
         return jax.lax.scan(body, x_btd, (layers, cache, keys, remembered, scanned))
     outs = []
     for i, weights in enumerate(unstack(layers, n)):

@@ -87,6 +87,16 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     return jax.tree.map(jax.reshard, make(key), specs)
 
 
+def relaid(config: ModelConfig, params: Params) -> Params:
+    """Parameters from another mesh of the same devices on the one that is set."""
+    devices = jax.sharding.get_mesh()
+    first = jax.tree.leaves(params)[0]
+    if first.sharding.mesh == devices:
+        return params
+    layout = jax.tree.map(lambda row: jax.NamedSharding(devices, row.spec), table(config))
+    return jax.device_put(params, layout)
+
+
 def compute_dtype(config: ModelConfig) -> Any:
     if config.compute_dtype == "auto":
         return jnp.float32 if platform() == "cpu" else jnp.bfloat16
@@ -164,7 +174,7 @@ def remember(
     config: ModelConfig, params: Params, source: Source, key: jax.Array | None = None
 ) -> tuple[Memory, Sums]:
     """The encoder's part of an encoder–decoder: what the decoder looks at, and the layers' sums."""
-    tokens, positions, segments = source
+    tokens, positions, segments = _by_time(*source)
     x_bsd = _embed(config, _model(config, params), tokens, positions, None, key)
     context = Context(positions, segments, segments, 0, None, causal=False)
     encoder = params["encoder"]
@@ -287,6 +297,9 @@ def _run(
     maps: list[jax.Array] | None = None,
 ) -> tuple[jax.Array, Cache | None, Sums]:
     model, causal = _model(config, params), config.architecture != "encoder"
+    tokens_bt, positions_bt, segments_bt, segments_bs, types_bt, prefix_bt = _by_time(
+        tokens_bt, positions_bt, segments_bt, segments_bs, types_bt, prefix_bt
+    )
     context = Context(
         positions_bt, segments_bt, segments_bs, offset, None, causal=causal, prefix_bs=prefix_bt,
         memory=memory, maps=maps,
@@ -294,6 +307,11 @@ def _run(
     keys = [None] * 2 if key is None else jax.random.split(key)
     x_btd = _embed(config, model, tokens_bt, positions_bt, types_bt, keys[0])
     return stacks.run(config, model, params["layers"], x_btd, context, cache, keys[1])
+
+
+def _by_time(*arrays_bt: Any) -> Any:
+    """Rows of whole sequences, cut as the activations are."""
+    return jax.tree.map(lambda x: jax.reshard(x, spec(("batch", "seq"))), arrays_bt)
 
 
 def _embed(

@@ -50,13 +50,14 @@ def _cut(row: Declared, shape: dict[str, int], gathered: bool) -> int:
     """Pieces that a parameter lies in."""
     rules = [RULES[axis] for axis in row.axes]
     names = [n for r in rules if r is not None for n in ((r,) if isinstance(r, str) else r)]
-    return math.prod(shape[n] for n in names if not (gathered and n == "fsdp"))
+    return math.prod(shape.get(n, 1) for n in names if not (gathered and n == "fsdp"))
 
 
 def rows_per_device(config: Config, shape: dict[str, int]) -> float:
     """Sequences of a micro-batch on one device."""
     t = config.train
-    return t.global_batch_size / t.accumulation_steps / (shape["data"] * shape["fsdp"])
+    cut = shape["data"] * shape["fsdp"] * shape.get("expert", 1)
+    return t.global_batch_size / t.accumulation_steps / cut
 
 
 def state_bytes(config: Config, shape: dict[str, int]) -> float:

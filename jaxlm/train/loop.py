@@ -19,6 +19,7 @@ import numpy as np
 from jaxlm import mesh
 from jaxlm.config import Config
 from jaxlm.data import loader
+from jaxlm.model import transformer
 from jaxlm.model.scale import size
 from jaxlm.schema import JaxlmError
 from jaxlm.train import parameters, record
@@ -258,12 +259,14 @@ class _Loop:
                 continue
             params = self._of(i, self.state.params)
             params = parameters.whole(member.run.config, params, self.state.frozen)
-            for observe in self.observers:
-                for row in observe(member.run.config, params, self.step):
-                    self._write(member, row)
-                    for name in ("eval/loss", "eval/bpb"):
-                        if name in row:
-                            member.evals[name] = row[name]
+            with jax.set_mesh(mesh.for_reading(self.mesh)):
+                params = transformer.relaid(self.config.model, params)
+                for observe in self.observers:
+                    for row in observe(member.run.config, params, self.step):
+                        self._write(member, row)
+                        for name in ("eval/loss", "eval/bpb"):
+                            if name in row:
+                                member.evals[name] = row[name]
         self.fetched = time.perf_counter()
 
     # --------------------------------------------------------------------------------------- rows

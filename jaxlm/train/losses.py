@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.data.loader import Batch
+from jaxlm.mesh import spec
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
 from jaxlm.train.objectives import Example
@@ -60,6 +61,7 @@ def token_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood and log Z, float32 [b, t], of each target."""
     logits_btv = transformer.logits(config, params, x_btd)
+    targets_bt = jax.reshard(targets_bt, spec(("batch", "seq")))
     log_z_bt = jax.nn.logsumexp(logits_btv, axis=-1)
     # A comparison instead of a gather: it also works, and stays local, when vocab is sharded.
     hit_btv = targets_bt[..., None] == jnp.arange(logits_btv.shape[-1], dtype=targets_bt.dtype)

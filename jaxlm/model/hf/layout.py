@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jax import P
 
 from jaxlm.model.transformer import Declared
 
@@ -25,6 +24,7 @@ from jaxlm.model.transformer import Declared
 LETTERS = {
     "layers": "l",
     "experts": "e",
+    "routes": "e",
     "vocab": "v",
     "d_model": "d",
     "heads": "h",
@@ -32,7 +32,7 @@ LETTERS = {
     "d_head": "k",
     "d_ff": "f",
     "d_out": "o",
-    "seq": "p",
+    "positions": "p",
     "types": "t",
     "buckets": "b",
     "classes": "c",
@@ -76,7 +76,7 @@ class Layout:
     sizes: Mapping[str, int]  # of each letter
     groups: tuple[tuple[str, ...], ...]  # letters of each of their axes
     named: tuple[str, ...]  # letters that stand in the name
-    spec: P  # how ours lies on the mesh
+    declared: Declared
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ def layout(row: Row, declared: Declared) -> Layout:
     used = sorted([x for g in groups for x in g if x != "n"] + list(named))
     if used != sorted(letters):
         raise ValueError(f"{row}: axes {used}, ours are {sorted(letters)}")
-    return Layout(row, tuple(letters), sizes, groups, named, declared.spec)
+    return Layout(row, tuple(letters), sizes, groups, named, declared)
 
 
 def _groups(axes: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -122,7 +122,7 @@ def load(checkpoint: Checkpoint) -> Params:
     devices = jax.sharding.get_mesh()
     params: Params = {}
     for path, one in checkpoint.layouts.items():
-        sharding = jax.NamedSharding(devices, one.spec)
+        sharding = jax.NamedSharding(devices, one.declared.spec)
         node = params
         for name in path[:-1]:
             node = node.setdefault(name, {})
