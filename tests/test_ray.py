@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from faults import QUICK
 
+from jaxlm import launch
 from jaxlm.files import read_jsonl
 from jaxlm.scaling.workers import cores
 from jaxlm.train import record
@@ -37,11 +38,14 @@ def get_sweep():
 
 
 @pytest.fixture
-def cluster():
+def cluster(monkeypatch):
     """Two nodes with as many processors as this machine has each; always stopped."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": cores()})
+    here = Path(sys.executable).parent  # where `jaxlm` and `ray` are
+    monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
+    head = {"num_cpus": cores(), "include_dashboard": True}
+    made = Cluster(initialize_head=True, head_node_args=head)
     try:
         made.second = made.add_node(num_cpus=cores())
         made.wait_for_nodes()
@@ -101,7 +105,28 @@ def test_a_told_stop_saves_and_the_same_command_goes_on_elsewhere(tmp_path, clus
         assert first.poll() is None
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 143
+    assert first.wait(60) == 143, first.stderr.read()
     second = sweep(tmp_path, folder)  # on this machine alone
     assert second.wait() == 0, second.stderr.read()
     assert all(row.status == "finished" for row, _ in rows(folder).values())
+
+
+def test_a_launched_job_runs_on_the_cluster(tmp_path, cluster, capfd):
+    (tmp_path / "sent").mkdir()
+    where = launch.Ray(f"http://{cluster.head_node.webui_url}", str(tmp_path / "sent"))
+    job = launch.Job("tell", ("doctor", "--json"), ("echo set up",), where)
+    launch.run(launch.commands(job, "start"), lambda line: None)
+    deadline = time.monotonic() + 120
+    while "succeeded" not in (told := status(job, capfd)):
+        assert "failed" not in told and time.monotonic() < deadline, told
+        time.sleep(1)
+    launch.run(launch.commands(job, "logs"), lambda line: None)
+    said = capfd.readouterr().out
+    assert "set up" in said and '"format": "jaxlm.doctor/1"' in said
+    launch.run(launch.commands(job, "stop"), lambda line: None)
+
+
+def status(job, capfd):
+    capfd.readouterr()
+    launch.run(launch.commands(job, "status"), lambda line: None)
+    return "".join(capfd.readouterr())

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,7 @@ def _connect(ray: Any) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "auto")
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address=address, log_to_driver=False)
     except ConnectionError:
@@ -119,6 +122,9 @@ def _connect(ray: Any) -> None:
             f"config.engine: no Ray cluster at {address!r}; start one (ray start --head) or set"
             " RAY_ADDRESS"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        for s, handler in handlers.items():
+            signal.signal(s, handler)  # Ray's core has put one in its place that aborts
 
 
 def train_group(folder: str, names: Sequence[str], environment: dict[str, str]) -> str:
