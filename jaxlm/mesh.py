@@ -20,10 +20,11 @@ from jaxlm.chips import chip_of
 from jaxlm.config import Config, MeshConfig
 from jaxlm.schema import UserError
 
+DATA, FSDP = "data", "fsdp"
 STAGE, CONTEXT, EXPERT, TENSOR = "stage", "context", "expert", "tensor"
 
 # In the order of the devices, the slowest links first: `data` may cross slices.
-AXES = ("data", STAGE, CONTEXT, "fsdp", EXPERT, TENSOR)
+AXES = (DATA, STAGE, CONTEXT, FSDP, EXPERT, TENSOR)
 _EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 # Logical axis of an array → mesh axis. `d_model` of a parameter is cut by fsdp and gathered at use.

@@ -41,7 +41,7 @@ ROWS = {
         1,
     ),
     "mixtral": (
-        config("mixtral-8x22b", 512, {"fsdp": 64, "tensor": 8}, seq_len=4096),
+        config("mixtral-8x22b", 512, {"fsdp": 16, "expert": 8, "tensor": 4}, seq_len=4096),
         "v5p:8x8x8",
         1,
     ),

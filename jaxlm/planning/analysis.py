@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import jax
 
 from jaxlm.config import Config
-from jaxlm.mesh import RULES
+from jaxlm.mesh import CONTEXT, DATA, EXPERT, FSDP, RULES, STAGE, TENSOR
 from jaxlm.model.transformer import Declared, table
 from jaxlm.planning.hlo import Collective
 
 GIB = 2**30
+BATCH = (DATA, FSDP, EXPERT)  # as mesh.RULES cuts a batch
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,12 @@ def _cut(row: Declared, shape: dict[str, int], gathered: bool) -> int:
     """Pieces that a parameter lies in."""
     rules = [RULES[axis] for axis in row.axes]
     names = [n for r in rules if r is not None for n in ((r,) if isinstance(r, str) else r)]
-    return math.prod(shape.get(n, 1) for n in names if not (gathered and n == "fsdp"))
+    return math.prod(shape.get(n, 1) for n in names if not (gathered and n == FSDP))
 
 
 def rows_per_device(config: Config, shape: dict[str, int]) -> float:
-    """Sequences of a micro-batch on one device."""
-    t = config.train
-    cut = shape["data"] * shape["fsdp"] * shape.get("expert", 1)
+    """Sequences of a micro-batch on one device; a part of one where `context` cuts them."""
+    t, cut = config.train, math.prod(shape[axis] for axis in (*BATCH, CONTEXT))
     return t.global_batch_size / t.accumulation_steps / cut
 
 
@@ -71,14 +71,14 @@ def temporaries_gib(config: Config, shape: dict[str, int]) -> float:
     block at work, and the logits with their gradient. How many copies of each there are was found
     by comparing with TPU's compiler (docs/results/aot.md)."""
     m, w = config.model, weights(config, shape)
-    width, cut = (4 if m.compute_dtype == "float32" else 2), shape["tensor"]
+    width, cut = (4 if m.compute_dtype == "float32" else 2), shape[TENSOR]
     rows = rows_per_device(config, shape)
     token = rows * m.seq_len * width  # bytes of one number per token
     inner = (2 * m.n_heads * m.head_dim + 2 * m.kv_heads * m.head_dim + 3 * m.ff_dim) / cut
     block = token * (12 * m.d_model + 2 * inner)
     kept = {"full": token * m.d_model, "dots": token * (2 * m.d_model + inner)}
     saved = w.n_layers * kept.get(m.remat, block)
-    if m.remat == "none" and shape["fsdp"] > 1:
+    if m.remat == "none" and shape[FSDP] > 1:
         saved += width * w.layer_used * w.n_layers  # gathered weights are kept for the backward
     if m.architecture == "encoder_decoder":  # keys and values of every cross-attention
         saved += 2 * m.n_layers * token * 2 * m.kv_heads * m.head_dim / cut
@@ -90,20 +90,36 @@ def temporaries_gib(config: Config, shape: dict[str, int]) -> float:
 
 def collectives(config: Config, shape: dict[str, int]) -> tuple[Collective, ...]:
     """Of one step on one device: parameters gathered over fsdp for each micro-batch, and again for
-    its backward pass where remat does not keep them; gradients reduced over data and fsdp in
-    float32; and the activations' sums over tensor: two per block forward, two backward, and with
-    full remat attention's again."""
+    its backward pass where remat does not keep them; gradients reduced over data, context and fsdp
+    in float32; the activations' sums over tensor: two per block forward, two backward, and with
+    full remat attention's again; over context keys and values round the ring, forward, backward
+    with their gradients, and again for remat; over expert each token's choices there and back. A
+    pipeline's hand-overs are small and left out."""
     m, t, w = config.model, config.train, weights(config, shape)
     width, n = (4 if m.compute_dtype == "float32" else 2), t.accumulation_steps
+    layers = w.n_layers / shape[STAGE]
+    tokens = rows_per_device(config, shape) * m.seq_len  # of a micro-batch
+    again = m.remat == "full"
     found = []
-    if shape["fsdp"] > 1:
+    if shape[FSDP] > 1:
         gathers = n if m.remat == "none" else 2 * n
-        found.append(Collective("all-gather", ("fsdp",), gathers, gathers * width * w.used))
-        found.append(Collective("reduce-scatter", ("fsdp",), n, n * 4 * w.used))
-    if shape["data"] > 1:
-        found.append(Collective("all-reduce", ("data",), 1, 4 * w.stored))
-    if shape["tensor"] > 1:
-        sums = (5 if m.remat == "full" else 4) * w.n_layers * n
-        each = rows_per_device(config, shape) * m.seq_len * m.d_model * width
-        found.append(Collective("all-reduce", ("tensor",), sums, sums * each))
+        found.append(Collective("all-gather", (FSDP,), gathers, gathers * width * w.used))
+        found.append(Collective("reduce-scatter", (FSDP,), n, n * 4 * w.used))
+    copies = tuple(axis for axis in (DATA, CONTEXT) if shape[axis] > 1)
+    if copies:
+        found.append(Collective("all-reduce", copies, 1, 4 * w.stored))
+    if shape[TENSOR] > 1:
+        sums = (5 if again else 4) * layers * n
+        found.append(Collective("all-reduce", (TENSOR,), sums, sums * tokens * m.d_model * width))
+    if shape[CONTEXT] > 1:
+        turns = (shape[CONTEXT] - 1) * layers * n
+        both = 2 * tokens * m.kv_heads * m.head_dim / shape[TENSOR]
+        sent = (1 + again) * width + width + 4  # forward; backward, with float32 gradients
+        found.append(
+            Collective("collective-permute", (CONTEXT,), (2 + again) * turns, turns * both * sent)
+        )
+    if shape[EXPERT] > 1:
+        times = (6 if again else 4) * layers * n
+        each = tokens * m.moe.experts_per_token * m.d_model * width
+        found.append(Collective("all-to-all", (EXPERT,), times, times * each))
     return tuple(found)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from jaxlm.chips import Chip
 from jaxlm.config import Config
+from jaxlm.mesh import TENSOR
 from jaxlm.model.scale import size
 from jaxlm.planning.hlo import Collective
 from jaxlm.planning.target import Target
@@ -75,7 +76,7 @@ def _traffic(config: Config, target: Target, state_bytes: float) -> float:
     pass over each micro-batch the weights as they are multiplied."""
     passes = (4 if config.model.remat == "full" else 3) * config.train.accumulation_steps
     width = 4 if config.model.compute_dtype == "float32" else 2
-    cut = target.shape["tensor"]
+    cut = target.shape[TENSOR]
     return 2 * state_bytes + passes * width * size(config.model).params / cut
 
 

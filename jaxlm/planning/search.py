@@ -16,7 +16,7 @@ from jaxlm.planning.target import reckoned
 from jaxlm.schema import UserError
 
 GIVEN = 3  # pieces of advice
-MOST_TENSOR, MOST_PARTS = 32, 6  # that a search tries
+MOST_TENSOR, MOST_CONTEXT, MOST_PARTS = 32, 8, 6  # that a search tries
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Candidate:
 
 
 def ranked(config: Config, topology: Topology) -> list[Candidate]:
-    """Every mesh of data, fsdp and tensor × remat × micro-batches that divides and is reckoned to
+    """Every mesh (but pipelines) × remat × micro-batches that divides and is reckoned to
     fit; first what would take least time if nothing overlapped (of equals the fewest
     micro-batches, then the least memory)."""
     found = []
@@ -48,19 +48,35 @@ def ranked(config: Config, topology: Topology) -> list[Candidate]:
 
 
 def _variants(config: Config, topology: Topology) -> Iterator[Config]:
-    train, n = config.train, topology.devices
+    train, moe = config.train, config.model.moe.n_experts
     parts = [k for k in range(1, train.global_batch_size + 1) if train.global_batch_size % k == 0]
-    for tensor in (t for t in range(1, min(n, MOST_TENSOR) + 1) if n % t == 0):
-        for fsdp in (f for f in range(1, n // tensor + 1) if n // tensor % f == 0):
-            cut = MeshConfig(data=n // tensor // fsdp, fsdp=fsdp, tensor=tensor)
-            for remat in ("none", "dots", "full"):
-                for k in parts[:MOST_PARTS]:
-                    yield dataclasses.replace(
-                        config,
-                        mesh=cut,
-                        model=dataclasses.replace(config.model, remat=remat),
-                        train=dataclasses.replace(train, accumulation_steps=k),
+    for cut in _meshes(topology.devices, moe):
+        if cut.data % topology.slices:
+            continue
+        for remat in ("none", "dots", "full"):
+            for k in parts[:MOST_PARTS]:
+                yield dataclasses.replace(
+                    config,
+                    mesh=cut,
+                    model=dataclasses.replace(config.model, remat=remat),
+                    train=dataclasses.replace(train, accumulation_steps=k),
+                )
+
+
+def _meshes(n: int, experts: int) -> Iterator[MeshConfig]:
+    """Every product of data, fsdp, tensor and context that is n, and of expert with experts."""
+    for tensor in _divisors(n, MOST_TENSOR):
+        for context in _divisors(n // tensor, MOST_CONTEXT):
+            for expert in _divisors(n // tensor // context, max(experts, 1)):
+                left = n // tensor // context // expert
+                for fsdp in _divisors(left, left):
+                    yield MeshConfig(
+                        data=left // fsdp, fsdp=fsdp, tensor=tensor, context=context, expert=expert
                     )
+
+
+def _divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
 
 
 def advice(config: Config, topology: Topology) -> tuple[str, ...]:
