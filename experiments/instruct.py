@@ -4,6 +4,8 @@ Data:     seed_tasks.jsonl of github.com/yizhongw/self-instruct (175 tasks; Apac
           SELF_INSTRUCT; a fifth of the tasks is held out.
 Command:  jaxlm finetune --config=experiments/instruct.py --workdir=runs/instruct \
               --config.tune.start=SmolLM2-135M-Instruct.Q4_1.gguf
+Cost:     2½ minutes of one core.
+Result:   loss on the answers of held-out tasks 2.288 before, 2.162 after 20 steps.
 """
 
 import json
