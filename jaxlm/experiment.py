@@ -103,13 +103,15 @@ def with_files(config: Config, change: Callable[[str], str]) -> Config:
     )
 
 
-# What is watched or where things lie does not change what is computed.
+# What is watched, where things lie and how the work is spread over devices does not change what is
+# computed, but for the last bits of sums: a run goes on on another mesh.
 _NOT_IDENTITY = {
-    "": ("name",),
+    "": ("name", "mesh"),
+    "model": ("remat", "scan_layers", "pipeline_repeats", "pipeline_microbatches"),
     "data": ("dir", "licence", "file_urls", "engine", "workers"),
     "train": (
-        "log_every", "checkpoint_every", "keep_checkpoints", "probes", "sample_prompts",
-        "sample_tokens", "track", "profile",
+        "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "probes",
+        "sample_prompts", "sample_tokens", "track", "profile", "xla_preset",
     ),
     "tune": ("start", "examples"),  # what they hold is: `Run.data_fingerprint`
 }  # fmt: skip

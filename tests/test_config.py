@@ -266,10 +266,12 @@ def test_references_resolve_or_say_what_is_wrong(tmp_path):
 
 # ----------------------------------------------------------------------------------- fingerprint
 
-# Names, places and what is only watched: all else changes what is computed.
+# Names, places, what is only watched and how work is spread: all else changes what is computed.
 NOT_IDENTITY = {
     "name", "data.dir", "data.licence", "data.file_urls", "data.workers", "data.engine",
-    "train.log_every",    "train.checkpoint_every",
+    "train.log_every", "train.eval_every", "train.checkpoint_every", "train.xla_preset",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.expert", "mesh.stage",
+    "model.remat", "model.scan_layers", "model.pipeline_repeats", "model.pipeline_microbatches",
     "train.keep_checkpoints", "train.probes", "train.sample_prompts", "train.sample_tokens",
     "train.track", "train.profile",
     "tune.start", "tune.examples",  # what they hold counts, as part of the data
