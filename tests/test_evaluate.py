@@ -17,6 +17,7 @@ from test_main import call, refused
 
 import jaxlm
 from jaxlm import api
+from jaxlm.data import documents
 from jaxlm.data.rows import rows
 from jaxlm.schema import UserError
 from jaxlm.tasks import answers, sandbox, shipped, task
@@ -182,6 +183,21 @@ def test_tasks_of_texts_in_archives_and_folders(tmp_path: Path) -> None:
     assert (item.text, item.answer) == ("a, b", 0)
     assert [shipped.last_number(t) for t in ("is $1,200.", "no", "3 or -4.5")] == [
         "1200", "", "-4.5"]  # fmt: skip
+
+
+def test_a_leak_into_the_training_text_is_found(tmp_path: Path) -> None:
+    """The data stage is given a task's texts as `clean.evaluation_sets`."""
+    pytest.importorskip("xxhash")
+    from jaxlm.data import contamination
+
+    item = " ".join(f"word{i}" for i in range(40))
+    (tmp_path / "t.csv").write_text(f"text,label\n{item},1\n")
+    [asked] = task.read(task.load("imdb"), str(tmp_path / "t.csv"))
+    [document] = documents.read([str(tmp_path / "t.csv")])
+    assert document.text == asked.text  # what the data stage reads of the same file
+    known = contamination.grams([document.text])
+    clean, leak = "no such words at all are in here " * 9, f"seen before: {item[20:200]} and so on"
+    assert known.found_in(leak) and not known.found_in(clean)
 
 
 def test_what_is_not_whole_is_refused_by_its_place(tmp_path: Path) -> None:

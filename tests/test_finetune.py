@@ -18,6 +18,7 @@ from jaxlm import api, mesh
 from jaxlm.config import (
     Config,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -25,10 +26,11 @@ from jaxlm.config import (
 )
 from jaxlm.data import examples
 from jaxlm.model import lora, transformer
+from jaxlm.model.presets import preset
 from jaxlm.schema import UserError
 from jaxlm.train import example_losses, parameters
 from jaxlm.train.optimizer import hyper
-from jaxlm.train.step import program
+from jaxlm.train.step import abstract_state, program
 from jaxlm.tune_config import LoraConfig
 
 
@@ -308,3 +310,29 @@ def test_training_on_text_goes_on_from_another_run(tmp_path: Path) -> None:
     other = replace(more, data=replace(more.data, tokenizer=str(tmp_path / "words")))
     with pytest.raises(UserError, match="not the tokenizer of"):
         api.train(other, tmp_path / "third")
+
+
+@pytest.mark.slow  # compiles two steps of 135 M parameters
+def test_adapters_need_a_third_of_the_memory() -> None:
+    """Of SmolLM2-135M, 1 × 128 tokens: state (weights, adapters, moments), and a whole step."""
+    state_mib, step_mib = {}, {}
+    for rank in (0, 8):
+        c = Config(
+            model=replace(preset("smollm2-135m"), seq_len=128),
+            train=TrainConfig(global_batch_size=1),
+            tune=TuneConfig(lora=LoraConfig(rank=rank)),
+            mesh=MeshConfig(data=1),
+        )
+        with small.on_mesh(c, quick=False):
+            state = abstract_state(c, hyper(c))
+            if rank:
+                whole = abstract_state(replace(c, tune=TuneConfig()), hyper(c)).params
+                state = state._replace(frozen=parameters.frozen(c, whole))
+            batch = small.batch(c, steps=1)
+            placed = mesh.put_batch(batch, jax.sharding.get_mesh(), leading=1)
+            used = program(c).chunk.lower(hyper(c), state, placed).compile().memory_analysis()
+        state_mib[rank] = sum(4 * x.size for x in jax.tree.leaves(state)) / 2**20
+        step_mib[rank] = (used.argument_size_in_bytes + used.temp_size_in_bytes) / 2**20
+    for name, mib in (("state", state_mib), ("step", step_mib)):
+        print(f"\n{name}: {mib[8]:,.0f} MiB of {mib[0]:,.0f} ({mib[8] / mib[0]:.0%})")
+    assert state_mib[8] <= 0.35 * state_mib[0]
