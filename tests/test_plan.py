@@ -57,6 +57,25 @@ def test_collectives_are_counted_as_often_as_loops_turn():
     }
 
 
+SLICES = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %room = f32[32]{0} broadcast(%zero)
+  %send = (f32[8]{0}, u32[], token[]) send(%x, %t), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = f32[32]{0} ragged-all-to-all(%x, %room, %a, %b, %c, %d), channel_id=4, replica_groups=[4,2]<=[8]
+  %host = (f32[8]{0}, u32[], token[]) send(%x, %t), channel_id=5, is_host_transfer=true
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_and_to_experts_is_counted():
+    found = hlo.collectives(SLICES, {"data": 2, "fsdp": 2, "tensor": 2})
+    assert found == (
+        Collective("all-reduce", ("slices",), 1, 32),
+        Collective("all-to-all", ("tensor",), 1, 32),
+    )
+
+
 def test_groups_are_read_in_each_of_their_forms():
     def axes(text):
         line = hlo._Line("x", "all-reduce", "f32[4]", text)

@@ -85,6 +85,9 @@ def temporaries_gib(config: Config, shape: dict[str, int]) -> float:
     logits = 2.5 * 4 * rows * m.decoder_len * m.vocab_size / cut
     gradients = 2 * 4 * w.stored
     at_work = block / 2 + 2 * width * w.layer_used
+    if m.moe.n_experts:  # a device keeps room for all that the others may send to its experts
+        room = token * m.moe.experts_per_token * shape[EXPERT]
+        at_work += room * (6 * m.d_model + 4 * m.expert_dim / cut)
     return (gradients + saved + max(at_work, logits)) / GIB
 
 

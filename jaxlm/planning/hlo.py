@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+SLICES = "slices"  # stands for the mesh axes of what goes through hosts from slice to slice
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4,
           "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
 
@@ -53,12 +54,14 @@ def collectives(text: str, shape: dict[str, int], steps: int = 1) -> tuple[Colle
                     continue
                 seen.add(chained[1])
             group = _group(line, math.prod(shape.values()))
-            axes = _axes(group, shape)
+            axes = (SLICES,) if line.opcode == "send" else _axes(group, shape)
             if not axes:
                 continue
             scatters = line.kind == "all-reduce" and name.startswith("all-reduce-scatter")
             kind = "reduce-scatter" if scatters else line.kind
             size = line.bytes * (len(group) if line.kind == "reduce-scatter" else 1)
+            if line.opcode == "ragged-all-to-all":  # of what is sent and the room for it: the less
+                size = min([size, *_operands(line, lines)])
             total = found.setdefault((kind, axes), [0.0, 0.0])
             total[0] += runs[name] / steps
             total[1] += runs[name] * size / steps
@@ -77,7 +80,10 @@ class _Line:
 
     @property
     def kind(self) -> str | None:
-        kind = self.opcode.removesuffix("-start")
+        if self.opcode == "send":  # several slices: the hosts' runtime reduces what is sent
+            found = re.search(r'_xla_megascale_transfer_type="(\w+)"', self.rest)
+            return found[1].lower().replace("_", "-") if found else None
+        kind = self.opcode.removesuffix("-start").removeprefix("ragged-")
         return kind if kind in KINDS else None
 
     @property
@@ -85,9 +91,17 @@ class _Line:
         """Of the result: of an asynchronous one that names its operands too, the larger half."""
         sizes = [_BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",") if n)
                  for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", self.shape)]  # fmt: skip
+        if self.opcode == "send":
+            return sizes[0]
         if self.opcode in ("all-gather-start", "collective-permute-start"):
             return max(sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :]))
         return sum(sizes)
+
+
+def _operands(line: _Line, lines: list[_Line]) -> list[int]:
+    """Bytes of the first operand."""
+    first = line.rest.split(",")[0].strip().lstrip("%")
+    return [row.bytes for row in lines if row.name == first]
 
 
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")

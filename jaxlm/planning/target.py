@@ -11,6 +11,7 @@ import numpy as np
 from jaxlm import mesh
 from jaxlm.chips import Topology
 from jaxlm.config import Config
+from jaxlm.planning.hlo import SLICES
 from jaxlm.scaling.workers import on_cpu
 from jaxlm.schema import UserError
 
@@ -31,6 +32,8 @@ class Target:
     def crossed(self, axes: tuple[str, ...]) -> tuple[int, int, int]:
         """Of a group of devices along these mesh axes: members within a slice (or node), slices,
         and along how many axes of the torus the members within one slice lie."""
+        if axes == (SLICES,):
+            return 1, self.topology.slices, 0
         index = tuple(slice(None) if a in axes else 0 for a in self.axes)
         group = self.places[index].reshape(-1, self.places.shape[-1])
         slices = len(np.unique(group[:, 0]))
