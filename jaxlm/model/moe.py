@@ -133,6 +133,8 @@ def _travel(x_md: jax.Array, room_md: jax.Array, travel: Travel) -> jax.Array:
     """`room_md` with the rows that the other devices have for this one."""
     if mesh.platform() != "cpu":
         travel = Travel(*(a.astype(jnp.int32) for a in travel))
+        # Empty, and each device's own: else the sum of its gradients over all devices is computed.
+        room_md = jnp.broadcast_to(jax.lax.stop_gradient(0 * x_md[:1]), room_md.shape)
         return jax.lax.ragged_all_to_all(x_md, room_md, *travel, axis_name=EXPERT)
     # XLA:CPU has none: to each device go as many rows as there may be, most of them meaningless.
     at_m = jnp.arange(min(len(x_md), len(room_md)))
