@@ -21,6 +21,8 @@ EXTRAS = {
     "--track=tensorboard viewer": ("tensorboard", "tensorboard"),
     "--track=wandb": ("wandb", "wandb"),
     "--track=trackio": ("trackio", "trackio"),
+    "plans for absent TPUs": ("libtpu", "tpu"),
+    "Ray clusters": ("ray", "ray"),
     "benchmarks against PyTorch": ("torch", "bench"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,8 +57,11 @@ def distinct(configs: Sequence[Config]) -> list[list[Config]]:
     groups: dict[Config, list[Config]] = {}
     for c in configs:
         groups.setdefault(static(c), []).append(c)
-    cost = size
-    return sorted(groups.values(), key=lambda g: cost(g[0].model).flops_per_token)
+    return sorted(groups.values(), key=lambda g: flops_per_step(g[0]))
+
+
+def flops_per_step(config: Config) -> float:
+    return float(size(config.model).flops_per_token * config.batch_tokens)
 
 
 def plan_step(
@@ -75,7 +79,7 @@ def plan_step(
     chip = topology.chip
     lines = made.collectives or analysis.collectives(config, on.shape)
     bound = roofline.roofline(config, on, lines, state)
-    flops = size(config.model).flops_per_token * config.batch_tokens
+    flops = flops_per_step(config)
     reached = min(mfu, bound.mfu_bound)
     per_step_s = flops / (topology.devices * chip.flops_per_s * reached)
     hours = per_step_s * sum(c.train.steps for c in configs) / 3600
@@ -84,7 +88,7 @@ def plan_step(
         mesh=on.shape,
         params=size(config.model).params,
         tokens=sum(c.tokens for c in configs),
-        flops_per_step=float(flops),
+        flops_per_step=flops,
         fits=made.fits,
         told_by="analysis" if on.mesh is None else "compiler",
         memory_gib=made.memory,
@@ -116,13 +120,12 @@ def plan_here(config: Config) -> Step:
     made = aot.compiled(config, made_of)
     step_s = _timed(config, made_of, made.run)
     limit = _physical_gib() / made_of.size
-    flops = size(config.model).flops_per_token * config.batch_tokens
     return Step(
         runs=(config.name,),
         mesh=dict(made_of.shape),
         params=size(config.model).params,
         tokens=config.tokens,
-        flops_per_step=float(flops),
+        flops_per_step=flops_per_step(config),
         fits=made.memory is not None and made.memory.peak <= limit,
         told_by="compiler",
         memory_gib=made.memory,
@@ -154,8 +157,6 @@ def _timed(config: Config, on: jax.sharding.Mesh, run: Any) -> float:
 
 
 def _physical_gib() -> float:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 

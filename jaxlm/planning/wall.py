@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxlm.config import Config, Sweep
 from jaxlm.files import read_jsonl
-from jaxlm.model.scale import size
+from jaxlm.planning.steps import flops_per_step
 from jaxlm.scaling.ladder import Member, candidates
 from jaxlm.scaling.sweep import plan_members
 from jaxlm.scaling.workers import n_workers, run_apart
@@ -58,6 +58,7 @@ class Wall:
 
 def wall(sweep: Sweep, data_dir: Path, stop: Any = False) -> Wall:
     """Raises what `run_members` does. Writes nothing but JAX's cache."""
+    sweep = dataclasses.replace(sweep, engine="local")
     planned, trunks = plan_members(sweep)
     starts = {name: step for t in trunks for name, step in t.starts.items()}
     ladder = [(m.config, m.config.train.steps - starts.get(m.name, 0)) for m in planned]
@@ -75,10 +76,6 @@ def wall(sweep: Sweep, data_dir: Path, stop: Any = False) -> Wall:
         alone, start = _timed(sweep, [middle.config], 1, data_dir, stop, "holdout")
         holdout_s = start + _seconds(middle.config, middle.config.train.steps, alone)
     return Wall(ladder_s + holdout_s, ladder_s, holdout_s, n, start_s, tuple(speeds))
-
-
-def flops_per_step(config: Config) -> float:
-    return float(size(config.model).flops_per_token * config.batch_tokens)
 
 
 def _spread(configs: Sequence[Config]) -> list[Config]:
