@@ -5,8 +5,8 @@ Command:  python benchmarks/language.py PATH/TO/udhr2.zip      (needs jaxlm[data
 Target:   ≥ 98 % of paragraphs for the 20 languages with most speakers.
 Seen:     99.11 % of 1,124 paragraphs; the lowest are Hindi and Urdu with 93 %.
 
-Malay counts as Indonesian, as `data.language.language` says. Paragraphs below 40 characters (titles,
-numbers of articles) are left out.
+Malay counts as Indonesian, as `data.language.language` says. Paragraphs below 40 characters
+(titles, numbers of articles) are left out.
 """
 
 import sys
@@ -14,7 +14,7 @@ import zipfile
 
 from jaxlm.data.language import language
 
-# The 20 languages with most speakers of Ethnologue's list that lingua knows and the set holds (not Telugu).
+# Those with most speakers that lingua knows and the set holds (Telugu, for one, it does not).
 FILES = {
     "eng": "en", "cmn_hans": "zh", "hin": "hi", "spa": "es", "fra": "fr", "arb": "ar",
     "ben": "bn", "rus": "ru", "por_BR": "pt", "urd": "ur", "ind": "id", "deu": "de",
