@@ -19,7 +19,7 @@ from jaxlm.config import Config, MeshConfig
 from jaxlm.data import card, loader, shards, tokenizer
 from jaxlm.evaluate import likelihood
 from jaxlm.files import write_bytes
-from jaxlm.generate import decode
+from jaxlm.generate import watch
 from jaxlm.schema import UserError
 from jaxlm.train import loop, workdir
 from jaxlm.train.checkpoint import Checkpoints
@@ -128,15 +128,15 @@ def _observers(config: Config, data_dir: Path) -> list[loop.Observer]:
     """What is watched besides the training loss."""
     eval_set = _open(config, data_dir, "eval")
     words, t = tokenizer.load(data_dir / "tokenizer"), config.train
-    decode.check_prompts(config, words)
-    watch = [likelihood.heldout(eval_set, config.data.eval_sequences)]
+    watch.check_prompts(config, words)
+    found = [likelihood.heldout(eval_set, config.data.eval_sequences)]
     if len(eval_set.sources) > 1:
-        watch.append(likelihood.by_source(eval_set, config.data.eval_sequences))
+        found.append(likelihood.by_source(eval_set, config.data.eval_sequences))
     if t.probes:
-        watch.append(decode.probes(words, t.probes))
+        found.append(watch.probes(words, t.probes))
     if t.sample_prompts:
-        watch.append(decode.samples(words, t.sample_prompts, t.sample_tokens, config.seed))
-    return watch
+        found.append(watch.samples(words, t.sample_prompts, t.sample_tokens, config.seed))
+    return found
 
 
 def _seen(dataset: loader.Dataset, mixture: loader.Mixture | None) -> loop.Observer:

@@ -18,10 +18,11 @@ from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate import likelihood
-from jaxlm.generate import decode
+from jaxlm.generate import beams, decode, watch
+from jaxlm.generate.sampling import Sampling
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
-from jaxlm.schema import UserError
+from jaxlm.schema import UserError, from_dict
 
 ROWS = 32  # texts at a time
 LOGITS = 1 << 27  # and of them at most so many float32 at a time
@@ -90,25 +91,34 @@ class LanguageModel:
         max_new_tokens: int | None = None,
         max_length: int | None = None,
         num_return_sequences: int = 1,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
         return_full_text: bool = True,
+        **sampling: Any,
     ) -> list[list[str]]:
         """`num_return_sequences` texts for each prompt, each beginning with the prompt unless
         `return_full_text` is false; of an encoder–decoder, what its decoder writes.
 
-        A text ends at the end-of-text token, or when it has `max_length` tokens, the prompt's
-        counted, or `max_new_tokens` without them (64 where neither is given). `temperature` 0 is
-        the most likely token each time; the same `seed` gives the same texts, whatever else is in
-        the batch. Raises UserError for both lengths at once, for a prompt that is `max_length`
-        long already, and for an encoder.
+        A text ends at the end-of-text token, before the first of the strings `stop`, or when it has
+        `max_length` tokens, the prompt's counted, or `max_new_tokens` without them (64 where
+        neither is given). `sampling` are fields of `Sampling`: temperature (0: the most likely
+        token each time), top_k, top_p, min_p, the penalties, logit_bias, seed; the same seed gives
+        the same texts, whatever else is in the batch. With `num_beams` the texts are the best that
+        beam search finds (`generate.beams`), and nothing is drawn.
+
+        Raises UserError for both lengths at once, for a prompt that is `max_length` long already,
+        for sampling with beams, and for an encoder.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        n = num_return_sequences
-        if n < 1:
-            raise UserError(f"num_return_sequences: expected at least 1, got {n}")
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        how = from_dict(Sampling, sampling, "sampling")
+        if num_return_sequences < 1:
+            raise UserError(
+                f"num_return_sequences: expected at least 1, got {num_return_sequences}"
+            )
+        if num_beams > 1 and (sampling or num_return_sequences > num_beams):
+            raise UserError("num_beams: expected no sampling and no more texts than beams")
         self._need("generate text", "decoder", "encoder_decoder")
         both = self.config.architecture == "encoder_decoder"
         encode = self.tokenizer.encode_with_special
@@ -117,15 +127,20 @@ class LanguageModel:
         limits = _limits(counted, max_new_tokens, max_length)
         texts: list[list[str]] = [[] for _ in prompts]
         for limit in sorted(set(limits)):
-            rows = [i for i, m in enumerate(limits) if m == limit for _ in range(n)]
+            rows = [i for i, m in enumerate(limits) if m == limit]
+            copies = [i for i in rows for _ in range(num_return_sequences)]
+            eos = self.tokenizer.eos_id
             with jax.set_mesh(self.mesh):
-                new = decode.generate(
-                    self.config, self.params, [ids[i] for i in rows], limit,
-                    self.tokenizer.eos_id, temperature, top_k, top_p, seed,
-                )  # fmt: skip
-            for i, more in zip(rows, new, strict=True):
+                if num_beams > 1:
+                    given = [ids[i] for i in rows], limit, eos, num_beams, length_penalty
+                    best = beams.search(self.config, self.params, *given)
+                    found = [answer for of in best for answer in of[:num_return_sequences]]
+                else:
+                    wanted = [ids[i] for i in copies], limit, eos, how
+                    found = decode.generate(self.config, self.params, *wanted)
+            for i, more in zip(copies, found, strict=True):
                 before = ids[i][:0] if both else ids[i]
-                text = decode.follows(self.tokenizer, before, more)
+                text = decode.until(decode.follows(self.tokenizer, before, more), stops)
                 texts[i].append(prompts[i] + text if return_full_text and not both else text)
         return texts
 
@@ -252,7 +267,7 @@ class LanguageModel:
         }
 
     def _spelled(self, i: int) -> str:
-        return decode.token_text(self.tokenizer, i)
+        return watch.token_text(self.tokenizer, i)
 
     def _begun(self, ids: np.ndarray, otherwise: int | None = None) -> np.ndarray:
         first = otherwise if self.bos_id is None else self.bos_id

@@ -11,7 +11,8 @@ from scipy import stats
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.data.tokenizer import Bytes, create
-from jaxlm.generate import decode, sampling
+from jaxlm.generate import decode, sampling, watch
+from jaxlm.generate.sampling import Sampling
 from jaxlm.model import transformer
 from jaxlm.model_config import MoE
 from jaxlm.schema import UserError
@@ -129,7 +130,7 @@ def probabilities(config: ModelConfig, params, ids) -> np.ndarray:
 
 
 def greedy(config: ModelConfig, params, prompts, new: int, eos_id: int | None = None):
-    found = decode.generate(config, params, prompts, new, eos_id, temperature=0)
+    found = decode.generate(config, params, prompts, new, eos_id, Sampling(0))
     assert all(row.dtype == np.int32 for row in found)
     return [row.tolist() for row in found]
 
@@ -190,9 +191,9 @@ def test_an_encoder_continues_nothing():
 def test_a_batch_says_what_each_prompt_says_alone():
     params = make_params(TINY)
     prompts = [*PROMPTS, np.arange(16, dtype=np.int32)]  # the last one needs no padding
-    settings = {"seed": 5, "top_k": 7, "temperature": 2.0}
-    together = decode.generate(TINY, params, prompts, 9, None, **settings)
-    alone = [decode.generate(TINY, params, [p], 9, None, **settings)[0] for p in prompts]
+    how = Sampling(seed=5, top_k=7, temperature=2.0)
+    together = decode.generate(TINY, params, prompts, 9, None, how)
+    alone = [decode.generate(TINY, params, [p], 9, None, how)[0] for p in prompts]
     np.testing.assert_array_equal(together, alone)
 
 
@@ -208,14 +209,14 @@ def test_it_stops_before_the_end_of_text_and_only_there():
 def test_eight_devices_say_what_one_says():
     params = make_params(TINY)
     want = greedy(TINY, params, PROMPTS, 12)
-    drawn = decode.generate(TINY, params, PROMPTS, 12, None, seed=3, top_p=0.9)
+    drawn = decode.generate(TINY, params, PROMPTS, 12, None, Sampling(seed=3, top_p=0.9))
     p = probabilities(TINY, params, PROMPTS[2])
     with jax.set_mesh(devices(2, 2, 2)):
         there = on_this_mesh(TINY, params)
         # One candidate only is the greedy choice (and shares its program with the draws).
-        only = decode.generate(TINY, there, PROMPTS, 12, None, top_k=1)
+        only = decode.generate(TINY, there, PROMPTS, 12, None, Sampling(top_k=1))
         np.testing.assert_array_equal(only, want)
-        found = decode.generate(TINY, there, PROMPTS, 12, None, seed=3, top_p=0.9)
+        found = decode.generate(TINY, there, PROMPTS, 12, None, Sampling(seed=3, top_p=0.9))
         np.testing.assert_array_equal(found, drawn)
         (top,) = decode.expected(TINY, there, PROMPTS[2:], 4)
     np.testing.assert_allclose([share for _, share in top], p[[i for i, _ in top]], rtol=1e-4)
@@ -223,16 +224,16 @@ def test_eight_devices_say_what_one_says():
 
 def test_other_lengths_and_settings_do_not_compile_again(monkeypatch):
     params = make_params(TINY)
-    decode.generate(TINY, params, PROMPTS, 9, None, top_k=3)
+    decode.generate(TINY, params, PROMPTS, 9, None, Sampling(top_k=3))
 
     def traced(*_):
         raise InterruptedError
 
     monkeypatch.setattr(sampling, "choose", traced)
     other = [np.arange(n, dtype=np.int32) for n in (1, 11, 16, 3)]
-    decode.generate(TINY, params, other, 14, 7, top_k=5, temperature=0.5, seed=9)
+    decode.generate(TINY, params, other, 14, 7, Sampling(top_k=5, temperature=0.5, seed=9))
     with pytest.raises(InterruptedError):
-        decode.generate(TINY, params, other, 17, 7, top_k=5)
+        decode.generate(TINY, params, other, 17, 7, Sampling(top_k=5))
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -241,7 +242,9 @@ def test_other_lengths_and_settings_do_not_compile_again(monkeypatch):
 def test_draws_follow_the_models_probabilities():
     params = make_params(TINY)
     p = probabilities(TINY, params, PROMPTS[1]) ** (1 / 0.7)
-    drawn = decode.generate(TINY, params, [PROMPTS[1]] * 4096, 1, None, temperature=0.7, seed=1)
+    drawn = decode.generate(
+        TINY, params, [PROMPTS[1]] * 4096, 1, None, Sampling(temperature=0.7, seed=1)
+    )
     counts = np.bincount(np.ravel(drawn), minlength=32)
     assert chi_square(counts, p / p.sum()) > 1e-3
     assert chi_square(counts, probabilities(TINY, params, PROMPTS[1])) < 1e-6  # it can tell
@@ -256,46 +259,90 @@ def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 
 def test_a_step_draws_given_what_was_drawn_before():
     params = make_params(TINY)
-    drawn = np.array(decode.generate(TINY, params, [PROMPTS[1]] * 4096, 2, None, seed=2))
+    drawn = np.array(decode.generate(TINY, params, [PROMPTS[1]] * 4096, 2, None, Sampling(seed=2)))
     first = np.bincount(drawn[:, 0]).argmax()
     second = np.bincount(drawn[drawn[:, 0] == first, 1], minlength=32)
     p = probabilities(TINY, params, np.append(PROMPTS[1], first))
     assert second.sum() > 300 and chi_square(second, p) > 1e-3
 
 
-def support(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> set[int]:
+def support(logits: np.ndarray, how: Sampling) -> set[int]:
     """The ids that may be drawn, by the definition."""
-    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
-    weights = np.exp((logits[order].astype(np.float64) - logits.max()) / temperature)
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: how.top_k or None]
+    weights = np.exp((logits[order].astype(np.float64) - logits.max()) / how.temperature)
     reached = np.cumsum(weights / weights.sum())
-    n = int(np.argmax(reached >= top_p - 1e-12)) + 1 if top_p < 1 else len(order)
-    return set(order[:n])
+    n = int(np.argmax(reached >= how.top_p - 1e-12)) + 1 if how.top_p < 1 else len(order)
+    return {i for i, w in zip(order[:n], weights, strict=False) if w >= how.min_p}
 
 
-def test_supports_of_top_k_and_top_p_are_exact():
+def choose(logits: np.ndarray, how: list[Sampling], streams, prompts=None) -> np.ndarray:
+    """One choice for each row, jitted."""
+    n, v = logits.shape
+    method = sampling.method(how)
+    said = sampling.said(method, prompts or [np.zeros(0, np.int32)] * n, how, v)
+    run = jax.jit(sampling.choose, static_argnums=0)
+    where = np.zeros(n, np.int32)
+    return np.asarray(run(method, logits, streams, where, sampling.knobs(how, v), said))
+
+
+def test_supports_of_filters_are_exact():
     rng = np.random.default_rng(0)
     ranked = jax.jit(sampling.ranked)
     for _ in range(200):
         logits = rng.normal(0, 3, 50).astype(np.float32)
         logits[rng.integers(0, 50, 5)] = logits[0]  # ties: the lower id first
         temperature, top_p = float(rng.uniform(0.2, 3)), float(rng.uniform(0.01, 1))
-        top_k = int(rng.integers(1, 51))
-        for case in ((top_k, 1.0), (50, top_p), (top_k, top_p)):
+        top_k, min_p = int(rng.integers(1, 51)), float(rng.uniform(0, 0.5))
+        for case in ((top_k, 1.0, 0.0), (50, top_p, 0.0), (50, 1.0, min_p), (top_k, top_p, min_p)):
             order, kept = (np.asarray(a) for a in ranked(logits, temperature, *case))
-            assert set(order[np.isfinite(kept)]) == support(logits, temperature, *case)
+            assert set(order[np.isfinite(kept)]) == support(logits, Sampling(temperature, *case))
+
+
+def test_rows_are_chosen_each_in_its_own_way():
+    logits = np.random.default_rng(1).normal(0, 2, (6, 40)).astype(np.float32)
+    how = [
+        Sampling(0.0), Sampling(1.5, top_k=3), Sampling(1.0), Sampling(0.7, top_p=0.5),
+        Sampling(2.0, min_p=0.3), Sampling(0.0, frequency_penalty=9.0),
+    ]  # fmt: skip
+    streams = sampling.streams([np.array([i]) for i in range(6)], 3)
+    together = choose(logits, how, streams)
+    alone = [choose(logits[i : i + 1], how[i : i + 1], streams[i : i + 1])[0] for i in range(6)]
+    assert together.tolist() == [int(i) for i in alone]
+    assert together[0] == logits[0].argmax() and together[5] == logits[5].argmax()
+
+
+def test_penalties_and_bias_by_their_definitions():
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 2, 30).astype(np.float32)
+    how = Sampling(
+        repetition_penalty=1.7, frequency_penalty=0.3, presence_penalty=-0.4,
+        logit_bias=((4, 2.5), (9, -1.0)),
+    )  # fmt: skip
+    prompt, generated = [3, 4, 5], [4, 8, 8, 8]
+    want = logits.astype(np.float64)
+    for i, more in how.logit_bias:
+        want[i] += more
+    for i in {*prompt, *generated}:
+        want[i] = want[i] / 1.7 if want[i] > 0 else want[i] * 1.7
+    for i in set(generated):
+        want[i] -= 0.3 * generated.count(i) - 0.4
+    method = sampling.method([how])
+    said = sampling.said(method, [np.array(prompt)], [how], 30)
+    for token in generated:
+        said = sampling.noted(said, np.array([token]))
+    knobs, said = (jax.tree.map(lambda a: a[0], x) for x in (sampling.knobs([how], 30), said))
+    np.testing.assert_allclose(sampling.altered(logits, knobs, said), want, rtol=1e-5)
 
 
 def test_filtered_draws_follow_the_renormalised_probabilities():
     logits = np.random.default_rng(3).normal(0, 1, 32).astype(np.float32)
-    kept = support(logits, 0.8, 12, 0.8)
+    kept = support(logits, Sampling(0.8, 12, 0.8))
     assert 2 < len(kept) < 12
     weights = np.exp(logits.astype(np.float64) / 0.8)
     p = np.where(np.isin(np.arange(32), list(kept)), weights, 0)
     n = 20_000
     streams = sampling.streams([np.array([i]) for i in range(n)], seed=0)
-    knobs = sampling.knobs(sampling.Sampling(0.8, 12, 0.8), 32)
-    choose = jax.jit(sampling.choose, static_argnums=0)
-    drawn = choose("filtered", np.tile(logits, (n, 1)), streams, np.zeros(n, np.int32), knobs)
+    drawn = choose(np.tile(logits, (n, 1)), [Sampling(0.8, 12, 0.8)] * n, streams)
     counts = np.bincount(drawn, minlength=32)
     assert set(np.flatnonzero(counts)) == kept
     assert chi_square(counts, p / p.sum()) > 1e-3
@@ -305,7 +352,7 @@ def test_copies_and_seeds_draw_differently():
     params = make_params(TINY)
 
     def draw(prompts, seed):
-        return decode.generate(TINY, params, prompts, 16, None, top_k=31, seed=seed)
+        return decode.generate(TINY, params, prompts, 16, None, Sampling(top_k=31, seed=seed))
 
     a, b, _ = draw([PROMPTS[0], PROMPTS[0], PROMPTS[1]], 1)
     _, again, _ = draw([PROMPTS[2], PROMPTS[0], PROMPTS[1]], 1)
@@ -322,37 +369,37 @@ BYTES = dataclasses.replace(TINY, vocab_size=256)
 def test_probes_are_the_softmax_of_apply():
     params = make_params(BYTES)
     prompts = ["the sky is ", "a", "日本"]
-    rows = decode.probes(Bytes(), prompts, k=5)(Config(model=BYTES), params, 70)
+    rows = watch.probes(Bytes(), prompts, k=5)(Config(model=BYTES), params, 70)
     assert [row["probe/prompt"] for row in rows] == prompts
     for row in rows:
         p = probabilities(BYTES, params, Bytes().encode(row["probe/prompt"]))
         best = np.argsort(-p)[:5]
         assert row.keys() == {"step", "probe/prompt", "probe/top"} and row["step"] == 70
         assert [text for text, _ in row["probe/top"]] == [
-            decode.token_text(Bytes(), int(i)) for i in best
+            watch.token_text(Bytes(), int(i)) for i in best
         ]
         np.testing.assert_allclose([share for _, share in row["probe/top"]], p[best], rtol=1e-5)
 
 
 def test_samples_are_the_same_at_each_step_of_the_same_model():
     params = make_params(BYTES)
-    observe = decode.samples(Bytes(), ["def ", "日本"], 12, seed=4)
+    observe = watch.samples(Bytes(), ["def ", "日本"], 12, seed=4)
     first, second = (observe(Config(model=BYTES), params, step) for step in (10, 20))
     assert [row["step"] for row in second] == [20, 20]
     assert [row["sample/text"] for row in first] == [row["sample/text"] for row in second]
     prompts = Bytes().encode_batch(["def ", "日本"])
-    ids = decode.generate(BYTES, params, prompts, 12, Bytes.eos_id, seed=4)
+    ids = decode.generate(BYTES, params, prompts, 12, Bytes.eos_id, Sampling(seed=4))
     assert first[1] == {
         "step": 10, "sample/prompt": "日本", "sample/text": Bytes().decode(ids[1])
     }  # fmt: skip
 
 
 def test_every_token_is_readable():
-    text = [decode.token_text(Bytes(), i) for i in range(257)]
+    text = [watch.token_text(Bytes(), i) for i in range(257)]
     assert text[ord("a")] == "a" and text[ord("\n")] == "\n"
     assert text[0xE3] == "\\xe3" and text[0] == "<|endoftext|>" and text[256] == "<256>"
     words = create("bpe", 280, ["日本 日本 the sky"] * 3)
-    shown = [decode.token_text(words, i) for i in range(words.vocab_size)]
+    shown = [watch.token_text(words, i) for i in range(words.vocab_size)]
     assert all(shown) and not any("\ufffd" in s for s in shown) and "日本" in shown
 
 
@@ -370,12 +417,17 @@ def test_every_token_is_readable():
         ([1], 4, {"top_p": 0.0}, "top_p: expected above 0 .* got 0.0"),
         ([1], 4, {"top_k": -3}, "top_k: expected 0 .* got -3"),
         ([1], 4, {"top_k": 0.5}, "top_k: expected int, got 0.5"),
+        ([1], 4, {"min_p": 1.5}, "min_p: expected 0 .* got 1.5"),
+        ([1], 4, {"repetition_penalty": 0.0}, "repetition_penalty: .* got 0.0"),
+        ([1], 4, {"logit_bias": ((99, 1.0),)}, r"logit_bias: expected token ids in 0 … 31"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(prompt, new, kwargs, says):
     config = VARIANTS["learned, layernorm, bias, untied, unrolled"]
     with pytest.raises(UserError, match=says):
-        decode.generate(config, {}, [np.array([1]), np.array(prompt)], new, None, **kwargs)
+        decode.generate(
+            config, {}, [np.array([1]), np.array(prompt)], new, None, Sampling(**kwargs)
+        )
 
 
 def test_prompts_are_checked_before_training():
@@ -384,11 +436,11 @@ def test_prompts_are_checked_before_training():
     ok = dataclasses.replace(
         config.train, probes=("x" * 16,), sample_prompts=("abc",), sample_tokens=14
     )
-    decode.check_prompts(dataclasses.replace(config, train=ok), Bytes())
+    watch.check_prompts(dataclasses.replace(config, train=ok), Bytes())
     for field in ({"probes": ("x" * 17,)}, {"sample_tokens": 15}, {"probes": ("a", "")}):
         bad = dataclasses.replace(config, train=dataclasses.replace(ok, **field))
         with pytest.raises(UserError, match=r"config\.train\.(probes|sample_prompts)\[[01]\]: "):
-            decode.check_prompts(bad, Bytes())
+            watch.check_prompts(bad, Bytes())
 
 
 def test_an_own_layer_without_a_cache_is_refused(tmp_path):

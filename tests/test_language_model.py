@@ -18,6 +18,7 @@ from test_main import call
 import jaxlm
 from jaxlm.data import pretrained, tokenizer
 from jaxlm.generate import decode
+from jaxlm.generate.sampling import Sampling
 from jaxlm.model import transformer
 from jaxlm.schema import UserError
 
@@ -100,9 +101,9 @@ def test_an_encoder_decoder_writes_what_transformers_would(words, tmp_path: Path
     model = jaxlm.from_pretrained(t5)
     [[text]] = model.generate("the sea", max_length=6, temperature=0)
     source = words.encode("the sea")[None]
-    how = {"eos_id": words.eos_id, "temperature": 0.0}
+    how = words.eos_id, Sampling(0.0)
     with jax.set_mesh(model.mesh):
-        [new] = decode.generate(model.config, model.params, list(source), 5, **how)
+        [new] = decode.generate(model.config, model.params, list(source), 5, *how)
     assert text == words.decode(new)  # some ids of the tiny vocabulary stand for no text
     ids = np.concatenate([[0], new])[None].astype(np.int32)  # 0: T5's start
     where = np.arange(source.shape[1], dtype=np.int32)[None]

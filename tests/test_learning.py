@@ -15,6 +15,7 @@ from jaxlm.data import loader
 from jaxlm.data.loader import Batch
 from jaxlm.files import read_jsonl
 from jaxlm.generate import decode
+from jaxlm.generate.sampling import Sampling
 from jaxlm.model import presets
 from jaxlm.model_config import ModelConfig, MoE
 from jaxlm.train import step
@@ -81,7 +82,7 @@ def test_t5_learns_to_restore_spans_and_then_to_translate():
         state, then = train(translate, state, np.concatenate([source, target], axis=1))
         source, target = sentences(500, seed=3)
         prompts = [row[: np.flatnonzero(row == EOS)[0] + 1] for row in source]
-        said = decode.generate(model, state.params, prompts, LENGTH, EOS, temperature=0)
+        said = decode.generate(model, state.params, prompts, LENGTH, EOS, Sampling(0))
     seconds = time.monotonic() - began
     want = [row[: np.flatnonzero(row == EOS)[0]].tolist() for row in target]
     exact = np.mean([a.tolist() == b for a, b in zip(said, want, strict=True)])

@@ -21,21 +21,14 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    **how: Any,
 ) -> list[str]:
-    """Continuations of `prompts` by what `from_pretrained(workdir)` gives."""
-    texts = from_pretrained(workdir).generate(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        return_full_text=False,
-    )
-    return [text for [text] in texts]
+    """Continuations of `prompts` by what `from_pretrained(workdir)` gives; `how` is what its
+    `generate` takes."""
+    how |= {"max_new_tokens": max_new_tokens, "return_full_text": False}
+    if how.get("num_beams", 1) == 1:
+        how["temperature"] = temperature
+    return [texts[0] for texts in from_pretrained(workdir).generate(prompts, **how)]
 
 
 def from_pretrained(source: str | Path, *, devices: MeshConfig | None = None) -> LanguageModel:

@@ -7,7 +7,7 @@ head, k head dim, f d_ff, v vocab, l layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,11 @@ Cache = tuple[jax.Array, jax.Array]
 
 
 class Memory(NamedTuple):
-    """What an encoder left to a decoder's cross-attention; of one layer, or [l, …] of all."""
+    """What an encoder left to a decoder's cross-attention; of one layer, or of all: [l, …], or a
+    tuple of them."""
 
-    keys: jax.Array  # [b, s, g, k]
-    values: jax.Array  # [b, s, g, k]
+    keys: Any  # [b, s, g, k]
+    values: Any  # [b, s, g, k]
     segments_bs: jax.Array  # int32, never stacked
 
 

@@ -142,7 +142,7 @@ def run(
         s = context.segments_bs.shape[1]
         bias_hts = _relative(config, stack.relative, x_btd.shape[1], s, context)
         context = context._replace(bias_hts=bias_hts)
-    n = len(jax.tree.leaves(layers)[0])
+    n = len(layers) if isinstance(layers, tuple) else len(jax.tree.leaves(layers)[0])
     local = config.local if config.sliding_window is not None else (False,) * n
     if mesh.size(mesh.STAGE) > 1:
         x_btd, sums = _through_stages(config, x_btd, layers, context, local, key)
@@ -257,10 +257,12 @@ def _through(
     cache: Any,
     keys: jax.Array | None,
 ) -> tuple[jax.Array, tuple[Any, Sums]]:
-    """Blocks in order: one scanned body, or unrolled. Caches and sums come back stacked.
+    """Blocks in order: one scanned body, or unrolled. Caches and sums come back stacked; caches do
+    not where `layers` is a tuple of each one's weights (and `cache` of each one's, too).
 
     `local`: which of them see only the sliding window."""
-    memory, n = context.memory, len(jax.tree.leaves(layers)[0])
+    memory, separate = context.memory, isinstance(layers, tuple)
+    n = len(layers) if separate else len(jax.tree.leaves(layers)[0])
     graph = _block_graph(config, memory is not None)
     ropes = _ropes(config, context.positions_bt)
 
@@ -282,17 +284,28 @@ def _through(
         return jax.checkpoint(f, policy=saved if config.remat == "dots" else None)
 
     remembered = None if memory is None else memory[:2]
-    if config.scan_layers or isinstance(local, jax.Array):
+    if (config.scan_layers and not separate) or isinstance(local, jax.Array):
         alike = isinstance(local, tuple) and len(set(local)) == 1
         scanned = None if alike else jnp.asarray(local)
         body = of(bool(local[0]) if alike else None)
         return jax.lax.scan(body, x_btd, (layers, cache, keys, remembered, scanned))
-    outs = []
-    for i, weights in enumerate(unstack(layers, n)):
-        here = jax.tree.map(lambda a, i=i: a[i], (cache, keys, remembered))
-        x_btd, out = of(local[i])(x_btd, (weights, *here, None))
-        outs.append(out)
-    return x_btd, jax.tree.map(lambda *a: jnp.stack(a), *outs)
+    caches, sums = [], []
+    for i, weights in enumerate(layers if separate else unstack(layers, n)):
+        own = cache[i] if separate and cache is not None else _at(cache, i)
+        seen = None if remembered is None else tuple(a[i] for a in remembered)
+        here = weights, own, _at(keys, i), seen, None
+        x_btd, (own, more) = of(local[i])(x_btd, here)
+        caches.append(own)
+        sums.append(more)
+    return x_btd, (tuple(caches) if separate else _stacked(caches), _stacked(sums))
+
+
+def _at(stacked: Any, i: int) -> Any:
+    return jax.tree.map(lambda a: a[i], stacked)
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *a: jnp.stack(a), *trees)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -19,7 +19,7 @@ from jax import P
 from jaxlm.config import ModelConfig
 from jaxlm.mesh import platform, spec
 from jaxlm.model import stacks
-from jaxlm.model.layers import Cache, Context, Memory
+from jaxlm.model.layers import Context, Memory
 from jaxlm.model.moe import Sums
 from jaxlm.model.parts import activated, dropout, product, use
 from jaxlm.model.stacks import Model, Params
@@ -64,6 +64,7 @@ def _abstract(config: ModelConfig) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(params=0))))
 
 
+@functools.lru_cache(maxsize=64)
 def table(config: ModelConfig) -> dict[str, Any]:
     """The table of parameters: a tree like `params` with a `Declared` at each leaf."""
 
@@ -193,13 +194,15 @@ def hidden_cached(
     segments_bt: jax.Array,
     segments_bs: jax.Array,
     offset: jax.Array | int,
-    cache: Cache,
+    cache: Any,
     memory: Memory | None = None,
     prefix_bt: jax.Array | None = None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Any]:
     """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k].
 
-    `memory`: of an encoder–decoder, from `remember`. `prefix_bt`: as in `hidden_and_sums`, where
+    Where `params["layers"]` is a tuple of each layer's weights, so are `cache`, which comes back
+    so, and the keys and values of `memory`. `memory`: of an encoder–decoder, from `remember`.
+    `prefix_bt`: as in `hidden_and_sums`, where
     there are as many queries as slots. Raises UserError for an own layer that keeps no cache.
     """
     x_btd, cache_out, _ = _run(
@@ -277,7 +280,8 @@ def apply(
 
 
 def _model(config: ModelConfig, params: Params) -> Any:
-    return nnx.merge(_abstract(config)[0], params)
+    """What stands around the layers; these are given to `stacks.run` as plain arrays."""
+    return nnx.merge(_abstract(config)[0], {**params, "layers": table(config)["layers"]})
 
 
 def _run(
@@ -288,14 +292,14 @@ def _run(
     segments_bt: jax.Array,
     segments_bs: jax.Array,
     offset: jax.Array | int,
-    cache: Cache | None,
+    cache: Any,
     *,
     memory: Memory | None = None,
     types_bt: jax.Array | None = None,
     prefix_bt: jax.Array | None = None,
     key: jax.Array | None = None,
     maps: list[jax.Array] | None = None,
-) -> tuple[jax.Array, Cache | None, Sums]:
+) -> tuple[jax.Array, Any, Sums]:
     model, causal = _model(config, params), config.architecture != "encoder"
     tokens_bt, positions_bt, segments_bt, segments_bs, types_bt, prefix_bt = _by_time(
         tokens_bt, positions_bt, segments_bt, segments_bs, types_bt, prefix_bt

@@ -1,0 +1,95 @@
+"""Whole answers against those of transformers: tests/golden/generate.py wrote them down."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from jaxlm import mesh
+from jaxlm.config import Config, MeshConfig
+from jaxlm.generate import beams, decode
+from jaxlm.generate.sampling import Sampling
+from jaxlm.model.hf import load
+from jaxlm.schema import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ("gpt2", "llama3", "t5", pytest.param("mistral", marks=pytest.mark.slow))
+EOS, NEW = 2, 20
+SAMPLED = {
+    "greedy": Sampling(0.0),
+    "repetition": Sampling(0.0, repetition_penalty=1.4),
+    "bias": Sampling(0.0, logit_bias=((7, 3.0), (11, -20.0))),
+}
+BEAMS = {"beams": 1.0, "long_beams": 2.0, "short_beams": -1.0}  # length penalties
+
+
+def prompts() -> list[np.ndarray]:
+    """As tests/golden/generate.py makes them."""
+    rng = np.random.default_rng(7)
+    lengths = rng.integers(1, 12, 6)
+    return [rng.integers(3, 64, length).astype(np.int32) for length in lengths]
+
+
+@pytest.fixture(autouse=True)
+def quickly():
+    with small.compiled_quickly():
+        yield
+
+
+@functools.lru_cache
+def model(name: str, shape=(1, 1, 1)):
+    checkpoint = load.open_folder(GOLDEN / name)
+    config = Config(model=checkpoint.config, mesh=MeshConfig(*shape))
+    on = mesh.make(config, jax.devices()[: int(np.prod(shape))])
+    with jax.set_mesh(on):
+        return checkpoint.config, load.load(checkpoint), on
+
+
+def rows(found: list[np.ndarray]) -> np.ndarray:
+    out = np.full((len(found), NEW), -1, np.int32)
+    for row, ids in zip(out, found, strict=True):
+        row[: len(ids)] = ids
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_answers_are_those_of_transformers(name: str) -> None:
+    config, params, on = model(name)
+    want = np.load(GOLDEN / name / "generated.npz")
+    with jax.set_mesh(on):
+        for way, how in SAMPLED.items():
+            found = decode.generate(config, params, prompts(), NEW, EOS, how)
+            np.testing.assert_array_equal(rows(found), want[way], err_msg=way)
+    assert (want["greedy"] != want["repetition"]).any() and (want["greedy"] != want["bias"]).any()
+
+
+@pytest.mark.parametrize("name", ("gpt2", "t5"))
+def test_beams_are_those_of_transformers(name: str) -> None:
+    config, params, on = model(name)
+    want = np.load(GOLDEN / name / "generated.npz")
+    with jax.set_mesh(on):
+        for way, penalty in BEAMS.items():
+            found = beams.search(config, params, prompts(), NEW, EOS, 3, penalty)
+            best = rows([answers[0] for answers in found])
+            np.testing.assert_array_equal(best, want[way], err_msg=way)
+            assert all(len(answers) == 3 for answers in found)
+            assert all(len({a.tobytes() for a in answers}) == 3 for answers in found)
+    assert (want["greedy"] != want["beams"]).any()
+
+
+@pytest.mark.slow
+def test_beams_on_eight_devices_are_those_on_one() -> None:
+    config, params, on = model("llama3", (2, 2, 2))
+    want = np.load(GOLDEN / "llama3" / "generated.npz")["beams"]
+    with jax.set_mesh(on):
+        found = beams.search(config, params, prompts(), NEW, EOS, 3)
+    np.testing.assert_array_equal(rows([answers[0] for answers in found]), want)
+
+
+def test_more_beams_than_half_the_vocabulary_are_refused() -> None:
+    config, params, on = model("gpt2")
+    with jax.set_mesh(on), pytest.raises(UserError, match=r"num_beams: expected 1 … 32, got 33"):
+        beams.search(config, params, prompts(), NEW, EOS, 33)
