@@ -92,6 +92,8 @@ def test_a_run_at_a_url_goes_on_from_there_alone(text, tmp_path, monkeypatch):
     shutil.rmtree(local)
     texts = [api.generate(f, ["the sea"], max_new_tokens=8, temperature=0) for f in (url, whole)]
     assert texts[0] == texts[1]
+    beams = "generate", f"--workdir={whole}", "--prompt=a", "--num_beams=2"
+    assert exits(*beams, "--top_k=3") == 2  # beams are not drawn
     page = api.report(url)
     assert page.read_bytes() and remote.exists("/test_api/run/report.html")
     assert not remote.glob("/test_api/run/**/*.tmp") and not remote.exists("/test_api/run/.lock")

@@ -66,7 +66,7 @@ def test_greedy_answers_are_those_of_transformers(name: str) -> None:
     assert (want["greedy"] != want["repetition"]).any() and (want["greedy"] != want["bias"]).any()
 
 
-@pytest.mark.parametrize("name", ("gpt2", "t5"))
+@pytest.mark.parametrize("name", NAMES)
 def test_beams_are_those_of_transformers(name: str) -> None:
     config, params, on = model(name)
     want = np.load(GOLDEN / name / "generated.npz")

@@ -20,13 +20,15 @@ def generate(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.8,
+    temperature: float | None = None,
     **how: Any,
 ) -> list[str]:
     """Continuations of `prompts` by what `from_pretrained(workdir)` gives; `how` is what its
-    `generate` takes."""
+    `generate` takes. `temperature` is 0.8 unless given, or `num_beams` are."""
     how |= {"max_new_tokens": max_new_tokens, "return_full_text": False}
-    if how.get("num_beams", 1) == 1:
+    if temperature is None and how.get("num_beams", 1) == 1:
+        temperature = 0.8
+    if temperature is not None:
         how["temperature"] = temperature
     return [texts[0] for texts in from_pretrained(workdir).generate(prompts, **how)]
 

@@ -36,14 +36,14 @@ def _flags_generate(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "text to continue; repeatable", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 64, "tokens at most", 1, flag_values=values)
-    flags.DEFINE_float("temperature", 0.8, "0: greedy", 0.0, flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "0: all", 0, flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "nucleus", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_float("min_p", 0.0, "least share of the best's", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_float("repetition_penalty", 1.0, "1: none", 0.0, flag_values=values)
+    flags.DEFINE_float("temperature", None, "0: greedy; 0.8 unless given", 0.0, flag_values=values)
+    flags.DEFINE_integer("top_k", None, "0: all", 0, flag_values=values)
+    flags.DEFINE_float("top_p", None, "nucleus", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_float("min_p", None, "least share of the best's", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_float("repetition_penalty", None, "1: none", 0.0, flag_values=values)
     flags.DEFINE_integer("num_beams", 1, "2 or more: beam search", 1, flag_values=values)
     flags.DEFINE_multi_string("stop", [], "text to end before; repeatable", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=values)
+    flags.DEFINE_integer("seed", None, "of the sampling; 0 unless given", flag_values=values)
     flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
 
 
@@ -140,9 +140,8 @@ def _generate(values: Flags, overrides: list[tuple[str, str]]) -> int:
     if not prompts:
         raise UserError("--prompt: expected a text to continue, as in --prompt='The '")
     how: dict[str, Any] = {n: values[n] for n in ("max_new_tokens", "stop", "num_beams")}
-    if values["num_beams"] == 1:
-        drawn = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        how |= {n: values[n] for n in drawn}
+    drawn = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    how |= {n: values[n] for n in drawn if values[n] is not None}
     texts = api.generate(values["workdir"], prompts, **how)
     rows = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
     for row in rows:

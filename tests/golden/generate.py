@@ -5,7 +5,7 @@
 writes generated.npz into the folders of `NAMES`: for each prompt (rows, -1 behind the end) the
 answers that the ways of `WAYS` find. Each prompt is continued alone, so that no padding of theirs
 is in it; and without their cache, which of a T5 has as many layers as its encoder.
-tests/test_decoding.py compares with these files, tests/test_parity.py live with longer answers.
+tests/test_decoding.py compares with these files.
 """
 
 from __future__ import annotations
