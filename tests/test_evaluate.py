@@ -19,6 +19,7 @@ import jaxlm
 from jaxlm import api
 from jaxlm.data import documents
 from jaxlm.data.rows import rows
+from jaxlm.generate import decode
 from jaxlm.schema import UserError
 from jaxlm.tasks import answers, sandbox, shipped, task
 from jaxlm.tasks.task import Item, Task
@@ -105,15 +106,22 @@ def test_a_text_longer_than_the_context_is_read_to_its_end_once(gpt2) -> None:
     assert found.scores["", "bits_per_byte"].n == 2
 
 
-def test_written_answers_end_where_they_should(gpt2) -> None:
-    items = [Item("the sky", references=("is blue",)), Item("a fish", references=("x",))]
-    chosen = Task("t", "write", lambda path: items, ("exact_match", "f1"), max_new_tokens=6,
-                  stop=("zzz",))  # fmt: skip
-    found = answers.answer(chosen, items, gpt2)
-    texts = gpt2.generate([i.prompt for i in items], max_new_tokens=6, temperature=0,
-                          return_full_text=False)  # fmt: skip
-    assert [r["said"] for r in found.records] == [t.strip() for [t] in texts]
-    assert answers.ended("one\ntwo. three", (". ", "\n")) == "one"
+def test_written_answers_end_where_they_should(gpt2, tmp_path: Path) -> None:
+    mistral = jaxlm.from_pretrained(small.golden("mistral", tmp_path / "mistral"))
+    items = [Item(text, references=("is blue",)) for text in ("the sky", "a fish", "a bird sings")]
+    texts = mistral.generate([i.prompt for i in items], max_new_tokens=6, temperature=0,
+                             return_full_text=False)  # fmt: skip
+    said = [t.strip() for [t] in texts]
+    assert all(len(t) > 1 for t in said)  # GPT-2's random weights say nothing
+
+    def answered(*stop: str) -> list[str]:
+        asked = Task("t", "write", lambda path: items, ("f1",), max_new_tokens=6, stop=stop)
+        return [r["said"] for r in answers.answer(asked, items, mistral).records]
+
+    assert answered("\x00") == said
+    assert answered("\x00", said[0][1]) == [t.split(said[0][1])[0].strip() for t in said]
+    chosen = Task("t", "write", lambda path: items, ("exact_match", "f1"), max_new_tokens=6)
+    assert decode.until("one\ntwo. three", (". ", "", "\n")) == "one"
     too_long = [Item("a fish " * 30, references=("x",))]
     with pytest.raises(UserError, match=r"item 0 has .* tokens"):
         answers.answer(chosen, too_long, gpt2)

@@ -14,7 +14,6 @@ import numpy as np
 from jaxlm.api.weights import from_pretrained
 from jaxlm.data.extras import library
 from jaxlm.language_model import LanguageModel
-from jaxlm.tasks.answers import ended
 
 _Base: Any = library("lm_eval.api.model", "eval").TemplateLM
 _registry = library("lm_eval.api.registry", "eval")
@@ -79,13 +78,13 @@ class JaxlmLM(_Base):
         for request in requests:
             prompt, how = request.args
             new = int(how.get("max_gen_toks", 256))
-            until = how.get("until") or []
             ids = self.model.tokenizer.encode(prompt)[-max(1, self.max_length - new) :]
             [[text]] = self.model.generate(
                 self.model.tokenizer.decode(ids),
                 max_new_tokens=new,
                 temperature=float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0,
+                stop=how.get("until") or (),
                 return_full_text=False,
             )
-            out.append(ended(text, [until] if isinstance(until, str) else until))
+            out.append(text)
         return out

@@ -158,9 +158,9 @@ def _write(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
     _check_room(task, items, model)
     texts = model.generate(
         [item.prompt for item in items], max_new_tokens=task.max_new_tokens, temperature=0.0,
-        return_full_text=False,
+        stop=task.stop, return_full_text=False,
     )  # fmt: skip
-    said = [ended(text, task.stop).strip() for [text] in texts]
+    said = [text.strip() for [text] in texts]
     said = said if task.extract is None else [task.extract(s) for s in said]
 
     def measure(name: str, rows: np.ndarray) -> Scored:
@@ -178,12 +178,11 @@ def _write(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
 def _code(task: Task, items: Sequence[Item], model: LanguageModel) -> Answered:
     """Programs, run in a process apart (`sandbox`)."""
     _check_room(task, items, model)
-    texts = model.generate(
+    said = model.generate(
         [item.prompt for item in items], max_new_tokens=task.max_new_tokens,
         num_return_sequences=task.samples, temperature=0.8 if task.samples > 1 else 0.0,
-        return_full_text=False,
+        stop=task.stop, return_full_text=False,
     )  # fmt: skip
-    said = [[ended(text, task.stop) for text in of_item] for of_item in texts]
     right = [
         sum(sandbox.passes(f"{item.prompt}{s}\n{item.references[0]}") for s in of_item)
         for item, of_item in zip(items, said, strict=True)
@@ -211,12 +210,6 @@ def _check_room(task: Task, items: Sequence[Item], model: LanguageModel) -> None
                 f"task {task.name}: item {i} has {n} tokens; beside {task.max_new_tokens} new ones"
                 f" the context (model.seq_len={model.config.seq_len}) has room for {most}"
             )
-
-
-def ended(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of `stops`."""
-    ends = [i for s in stops if (i := text.find(s)) >= 0]
-    return text[: min(ends)] if ends else text
 
 
 # ------------------------------------------------------------------------------------------ reading
