@@ -120,6 +120,35 @@ def test_a_local_job_runs_and_a_failing_command_is_told(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
+    "where, hosts",
+    [
+        ("Gke('i', 'v5e:2x2')", 1),
+        ("TpuVm('p', 'z', 'v5e:4x4', 2)", 8),
+        ("Gke('i', 'v5p:2x2x2')", 2),
+        ("Slurm(nodes=3)", 3),
+        ("Ray()", 1),
+    ],
+)
+def test_hosts_that_are_not_joined_yet_are_refused_before_anything_is_run(
+    tmp_path, fakes, capfd, where, hosts
+):
+    file = tmp_path / "job.py"
+    file.write_text(
+        "from jaxlm.launch import *\n"
+        f"def get_job():\n    return Job('far', ('train', '--workdir=a'), (), {where})\n"
+    )
+    (tmp_path / "log").touch()
+    if hosts == 1:
+        assert main.run(["launch", "start", f"--config={file}"]) == 0 and fakes()
+        return
+    with pytest.raises(UserError, match=f"{hosts} hosts"):
+        main.run(["launch", "start", f"--config={file}"])
+    assert not fakes()
+    assert main.run(["launch", "start", f"--config={file}", "--dry-run"]) == 0
+    assert "jaxlm train" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
     "job, message",
     [
         (Job("Bad", TRAIN), "config.name"),

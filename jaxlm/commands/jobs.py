@@ -27,8 +27,11 @@ def _launch(values: Flags, overrides: list[tuple[str, str]]) -> int:
         raise UserError(f"jaxlm launch: no such action: {action!r}; {hint(action, ACTIONS)}")
     if not values["config"]:
         raise UserError("--config: expected a job file, as in --config=job.py")
-    steps = launch.commands(launch.load(values["config"], overrides), action)
+    job = launch.load(values["config"], overrides)
+    steps = launch.commands(job, action)
     if not values["dry-run"]:
+        if action == "start":
+            launch.check_start(job)
         launch.run(steps, show.Lines(to_stderr=True).say)
     elif values["json"]:
         print(json.dumps([show.plain(step) for step in steps]))

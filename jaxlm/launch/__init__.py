@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from jaxlm.launch import gke, local, ray, slurm, tpu_vm
-from jaxlm.launch.job import Gke, Job, Local, Ray, Slurm, TpuVm, load
+from jaxlm.launch.job import Gke, Job, Local, Ray, Slurm, TpuVm, check_start, load
 from jaxlm.launch.steps import Do, run, shown
 
-__all__ = ["Do", "Gke", "Job", "Local", "Ray", "Slurm", "TpuVm", "commands", "load", "run", "shown"]
+__all__ = [
+    "Do",
+    "Gke",
+    "Job",
+    "Local",
+    "Ray",
+    "Slurm",
+    "TpuVm",
+    "check_start",
+    "commands",
+    "load",
+    "run",
+    "shown",
+]
 
 _BY = {Local: local, TpuVm: tpu_vm, Gke: gke, Ray: ray, Slurm: slurm}
 

@@ -1,8 +1,8 @@
 """GKE: a JobSet (jobset.sigs.k8s.io), which restarts all pods of all slices together.
 
 A pod that ends with the exit code of a mistake (2) or of a failure that the same command would meet
-again (1) ends the JobSet; every other end (a lost node, a signal, a crash, the watchdog) restarts
-it, and the command goes on from its last checkpoint.
+again (1) ends the JobSet; every other end (a lost node, a signal, a crash) restarts it, and the
+command goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import shlex
 from typing import Any
 
-from jaxlm.launch.job import Gke, Job, asked
+from jaxlm.launch.job import Gke, Job, asked, hosted
 from jaxlm.launch.steps import Do
 
 FINAL = [1, 2]  # exit codes after which the same command would only end so again
@@ -51,7 +51,7 @@ def manifest(job: Job, at: Gke) -> dict[str, Any]:
     """JobSet v1alpha2, one replicated Job per slice, one pod per host."""
     where = asked(at)
     per_slice = where.chips // where.slices
-    per_host = min(where.chip.chips_per_host, per_slice)
+    per_host = hosted(where)
     hosts = per_slice // per_host
     command = " && ".join([*job.setup, "exec " + shlex.join(("jaxlm", *job.command))])
     pod: dict[str, Any] = {

@@ -55,7 +55,7 @@ class Ray:
 class Slurm:
     """A Slurm cluster: a run over nodes, or a sweep as an array, on a file system that all see."""
 
-    nodes: int = doc(1, "of a run; each starts one process (jax.distributed finds the others)")
+    nodes: int = doc(1, "of a run; each starts one process")
     array: int = doc(0, "tasks that share a sweep's members; 0: the command is one run")
     partition: str = doc("", "'': the default")
     time: str = doc("24:00:00", "limit; the same command goes on where it was")
@@ -120,3 +120,28 @@ def valid(job: Job) -> Job:
 
 def asked(where: TpuVm | Gke) -> Topology:
     return topology(where.topology, where.slices)
+
+
+def processes(job: Job) -> int:
+    """Processes that one run of the command consists of: one per host of its chips or nodes."""
+    if isinstance(job.where, Slurm):
+        return 1 if job.where.array else job.where.nodes
+    if not isinstance(job.where, (TpuVm, Gke)):
+        return 1
+    where = asked(job.where)
+    return where.chips // hosted(where)
+
+
+def hosted(where: Topology) -> int:
+    """Chips of one host."""
+    return min(where.chip.chips_per_host, where.chips // where.slices)
+
+
+def check_start(job: Job) -> None:
+    """Raises UserError for a run of several processes, which jaxlm does not join yet."""
+    n = processes(job)
+    if n > 1:
+        raise UserError(
+            f"config.where: {n} hosts, each with a process of its own; jaxlm does not yet join them"
+            " into one run. Expected chips of one host; --dry-run shows what would be run"
+        )

@@ -40,8 +40,8 @@ def run(
     """x through all layers, and the means over micro-batches of what each layer sums up.
 
     `through(shared, …)` is as `Through`. `rows` are arrays [b, …], `layers` [l, …], `memory`
-    [l, b, …]. `microbatches`: 0 for four per
-    stage; fewer are taken where the rows of a device do not divide into as many.
+    [l, b, …]. `microbatches`: 0 for four per stage; fewer are taken where the rows of a device do
+    not divide into as many.
     """
     stages = mesh.size(STAGE)
     wanted = min(microbatches or 4 * stages, x_btd.shape[0] // mesh.parts("batch"))
