@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jaxlm.files import read_json, read_jsonl
 from jaxlm.model.scale import size
 from jaxlm.scaling import ladder
 from jaxlm.scaling import sweep as stages
+from jaxlm.scaling.workers import worker_environment
 from jaxlm.train import record
 
 EXPERIMENT = """
@@ -263,6 +265,20 @@ def test_workers_and_parents_that_are_killed_or_stopped_lose_nothing(tmp_path, c
     data = dataclasses.replace(sweep.base.data, dir=str(folder / "data"))
     lone = api.train(dataclasses.replace(longest.config, data=data), tmp_path / "alone")
     assert record.read(folder / "runs" / longest.name).loss == pytest.approx(lone.loss, rel=1e-2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_a_worker_beside_others_has_one_thread_for_its_operations():
+    code = (
+        "import os, jax, jax.numpy as jnp\n"
+        "jax.jit(lambda x: x @ x)(jnp.ones((8, 8))).block_until_ready()\n"
+        "task = '/proc/self/task'\n"
+        "names = [open(f'{task}/{t}/comm').read() for t in os.listdir(task)]\n"
+        "print(sum('XLAEigen' in name for name in names))"
+    )
+    env = worker_environment(1, [], True)
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.stdout.strip() == "1", run.stderr
 
 
 def test_shares_of_a_sweep_leave_only_the_rest_to_do(tmp_path, capsys):
