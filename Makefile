@@ -23,7 +23,7 @@ $(VENV)-data/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	JAXLM_TESTS_XLA= $(BIN)/python -m pytest -m slow $(ARGS)
 
 test-parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest tests/test_parity.py $(ARGS)

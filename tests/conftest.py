@@ -7,7 +7,12 @@ import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# XLA's older fusions compile in half the time, which is most of what a test waits for; those that
+# users get are in `make test-slow`.
+FAST_COMPILES = "--xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_force_host_platform_device_count=8", os.environ.get("JAXLM_TESTS_XLA", FAST_COMPILES)]
+)
 
 # A shell's background job ignores SIGINT, and so would every process that a test starts and stops.
 signal.signal(signal.SIGINT, signal.default_int_handler)
