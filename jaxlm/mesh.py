@@ -180,6 +180,14 @@ def for_reading(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(devices, AXES, axis_types=_EXPLICIT)
 
 
+def of_one_copy(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The first devices along `tensor`, which hold one copy of a model and whole batches."""
+    if mesh.size == mesh.shape[TENSOR]:
+        return mesh
+    first = mesh.devices[(slice(1),) * (mesh.devices.ndim - 1)]
+    return jax.sharding.Mesh(first, AXES, axis_types=_EXPLICIT)
+
+
 def check_divides(config: Config, shape: dict[str, int]) -> None:
     """Every sharded dimension divides by its mesh axis, or a UserError says which number to use."""
     m, t, tensor = config.model, config.train, shape["tensor"]

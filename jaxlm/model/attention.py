@@ -32,10 +32,10 @@ def attend(
 ) -> jax.Array:
     """Softmax attention [b, t, h, k] within documents: `segments` of query and key are equal.
 
-    Query t is in slot t + offset. `causal`: it sees no later slot. `window`: it sees slots less
-    than so far back. `soft_cap` c: scores become c·tanh(score / c) (Gemma 2). `scale`: of the
-    scores, 1/√k unless given. `bias_hts` is added to them. `prefix_bs` (bool): keys that earlier
-    queries see too. Scores and softmax are float32.
+    Query t is in slot t + offset, which may be int32 [b], of each row its own. `causal`: it sees no
+    later slot. `window`: it sees slots less than so far back. `soft_cap` c: scores become
+    c·tanh(score / c) (Gemma 2). `scale`: of the scores, 1/√k unless given. `bias_hts` is added to
+    them. `prefix_bs` (bool): keys that earlier queries see too. Scores and softmax are float32.
 
     `implementation`: "blocks", whose causal queries go in blocks, each against the keys up to its
     end, so that most of the upper triangle is never computed; or one of `kernels`. "auto" takes
@@ -93,7 +93,7 @@ def _seen(
 ) -> jax.Array:
     """Bool [b, 1, 1, block of t, first of s]: which keys each query of a block sees."""
     start, stop, end = block
-    back = offset + jnp.arange(start, stop)[:, None] - jnp.arange(end)[None, :]
+    back = jnp.reshape(offset, (-1, 1, 1)) + jnp.arange(start, stop)[:, None] - jnp.arange(end)
     seen = segments_bt[:, start:stop, None] == segments_bs[:, None, :end]
     before = back >= 0 if prefix_bs is None else (back >= 0) | prefix_bs[:, None, :end]
     seen = seen & before if causal else seen

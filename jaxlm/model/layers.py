@@ -40,7 +40,7 @@ class Context(NamedTuple):
     positions_bt: jax.Array  # int32, restarting at each document
     segments_bt: jax.Array  # int32, the document of each query; 0 is padding
     segments_bs: jax.Array  # int32, the document of each key
-    offset: jax.Array | int  # slot of the first query among the keys (0 but in cached decoding)
+    offset: jax.Array | int  # slot of the first query among the keys, int32 [] or [b]
     rope: Rope | None
     window: jax.Array | int | None = None  # slots that this layer sees, the query's own included
     causal: bool = True
@@ -88,10 +88,8 @@ class Attention(nnx.Module):
         if context.rope is not None:
             q_bthk, k_bsgk = rotate(q_bthk, context.rope), rotate(k_bsgk, context.rope)
         if cache is not None:
-            at = (0, context.offset, 0, 0)
-            k_bsgk = jax.lax.dynamic_update_slice(cache[0], k_bsgk.astype(cache[0].dtype), at)
-            v_bsgk = jax.lax.dynamic_update_slice(cache[1], v_bsgk.astype(cache[1].dtype), at)
-            cache = (k_bsgk, v_bsgk)
+            cache = put(cache[0], k_bsgk, context.offset), put(cache[1], v_bsgk, context.offset)
+            k_bsgk, v_bsgk = (a[:, : context.segments_bs.shape[1]] for a in cache)
 
         def see(v_bsgk: jax.Array) -> jax.Array:
             return attend(
@@ -142,6 +140,16 @@ class Attention(nnx.Module):
         out_spec = spec(("batch", "seq", None))
         y_btd = product("bthk,hkd->btd", y_bthk, use(self.out, y_bthk), out_spec)
         return y_btd + use(self.out_bias, y_btd) if self.has_bias else y_btd
+
+
+def put(cache_bsgk: jax.Array, new_btgk: jax.Array, offset: jax.Array | int) -> jax.Array:
+    """The cache with `new` in slots offset … offset + t, of all rows or (int32 [b]) of each."""
+    new_btgk = new_btgk.astype(cache_bsgk.dtype)
+    if jnp.ndim(offset) == 0:
+        return jax.lax.dynamic_update_slice(cache_bsgk, new_btgk, (0, offset, 0, 0))
+    b, t = new_btgk.shape[:2]
+    at_bt = jnp.reshape(offset, (b, 1)) + jnp.arange(t)
+    return cache_bsgk.at[jnp.arange(b)[:, None], at_bt].set(new_btgk, unique_indices=True)
 
 
 def weights_of(see: Callable[[jax.Array], jax.Array], like_bsgk: jax.Array) -> jax.Array:

@@ -198,7 +198,8 @@ def hidden_cached(
     memory: Memory | None = None,
     prefix_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k].
+    """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k], whose
+    first slots, as many as `segments_bs` has, are seen. `offset` may be int32 [b]: of each row.
 
     Where `params["layers"]` is a tuple of each layer's weights, so are `cache`, which comes back
     so, and the keys and values of `memory`. `memory`: of an encoder–decoder, from `remember`.

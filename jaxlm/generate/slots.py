@@ -1,0 +1,394 @@
+"""Continuous batching: requests join and leave a running batch between two of its steps.
+
+A batch has `n` rows. Each request has one of them, and the keys and values of its tokens lie in
+slots 0, 1, … of that row's cache: a slot is a position, and each row is as long as it is. A prompt
+is read in chunks, one between two steps, so that those who are being answered hardly wait. What a
+row held stays after its request has left: a later prompt that begins alike goes on from it.
+
+Rows do not depend on each other. Where a row's logits are no numbers, the row is wiped and read
+once more (its cache may have been damaged); if that does not help, its request ends alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import mesh
+from jaxlm.config import ModelConfig
+from jaxlm.generate import decode, layout
+from jaxlm.generate import sampling as draws
+from jaxlm.generate.sampling import Knobs, Method, Said, Sampling
+from jaxlm.mesh import spec
+from jaxlm.model import transformer
+from jaxlm.model.transformer import Params
+from jaxlm.schema import UserError
+
+CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once: the sizes compiled for
+VISIBLE = 128  # slots that a step looks at: so many, or a power of two above
+SHARED = 16  # tokens: the shortest beginning that is worth a copy
+TOP = 20  # most alternatives to a token that a request may ask for
+
+Finish = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue."""
+
+    prompt: np.ndarray  # int32 [tokens]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    ends: frozenset[int] = frozenset()  # ids that end the answer
+    copy: int = 0  # tells the draws of one prompt and seed apart: the j-th copy, from 0
+    top: int = 0  # alternatives to each token that are wanted
+
+
+class Token(NamedTuple):
+    """One token of one row's answer."""
+
+    row: int
+    id: int
+    log_prob: float  # of the model: before penalties, bias, temperature and filters
+    top: list[tuple[int, float]]  # the most likely ids and their log-probabilities
+    finish: Finish | None  # "stop": it is one of `ends`; with any of them the row is free again
+
+
+@dataclass
+class _Row:
+    request: Request | None = None
+    ids: list[int] = field(default_factory=list)  # the prompt and what was said
+    held: int = 0  # of them, so many have their keys and values in slots 0, 1, …
+    joined: int = 0  # the how many-th request it is
+    stream: Any = (0, 0)  # see `sampling.streams`
+    again: bool = False  # it has been wiped and read once more
+
+    @property
+    def unread(self) -> int:
+        """Tokens to read before the last one, which the next step feeds."""
+        return 0 if self.request is None else len(self.ids) - 1 - self.held
+
+
+class Slots:
+    """`n` rows of at most `context` tokens each, prompt and answer; of a decoder.
+
+    The mesh that `params` lie on must be set. They are copied to the devices along its `tensor`
+    axis, which hold all rows. Only one thread at a time may call a `Slots`.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, n: int, context: int) -> None:
+        if config.architecture != "decoder" or config.prefix_attention:
+            raise UserError("continuous batching: expected a decoder that only looks back")
+        if config.positions == "relative":
+            raise UserError("continuous batching: expected other than relative positions")
+        if n < 1 or context < 1:
+            raise UserError(f"continuous batching: expected rows and context, got {n}, {context}")
+        self.config = config
+        self.context = min(context, config.seq_len) if config.positions == "learned" else context
+        self.mesh = mesh.of_one_copy(jax.sharding.get_mesh())
+        with jax.set_mesh(self.mesh):
+            here = transformer.relaid(config, params)
+            self._laid = jax.jit(functools.partial(layout.laid_out, config))(here)
+            self._cache = self._empty(n)
+        self._rows = [_Row() for _ in range(n)]
+        self._said = self._unsaid(0)  # until a request has penalties or a bias
+        self._joined = 0
+        self.read = self.reused = 0  # tokens of prompts: computed, found in the cache
+
+    def _empty(self, n: int) -> Any:
+        """Each layer's keys and values [n, s, g, k], with room for the last chunk's padding and a
+        slot that idle rows write to."""
+        config, s = self.config, self.context + CHUNKS[-1] + 1
+        shape, layout_ = (n, s, config.kv_heads, config.head_dim), (None, None, "kv_heads", None)
+        zeros = functools.partial(jnp.zeros, shape, transformer.compute_dtype(config))
+        return tuple(
+            (zeros(device=_on(layout_)), zeros(device=_on(layout_))) for _ in range(config.n_layers)
+        )
+
+    # ---------------------------------------------------------------------------- joining, leaving
+
+    @property
+    def free(self) -> int:
+        """Rows that nobody has."""
+        return sum(row.request is None for row in self._rows)
+
+    def check(self, request: Request) -> None:
+        """Raises UserError, one line, for what cannot be continued here."""
+        decode.check(self.config, [request.prompt], request.max_new_tokens, "prompt")
+        draws.validate(request.sampling, self.config.vocab_size)
+        n, new = len(request.prompt), request.max_new_tokens
+        if n + new - 1 > self.context:
+            raise UserError(
+                f"prompt: {n} tokens and {new} new ones need a context of {n + new - 1};"
+                f" this one is {self.context}"
+            )
+        if not 0 <= request.top <= TOP:
+            raise UserError(f"top: expected 0 … {TOP} alternatives, got {request.top}")
+
+    def join(self, request: Request) -> int:
+        """Gives the request a row, of which one must be free; the row's number. Raises UserError as
+        `check`."""
+        self.check(request)
+        ids = np.asarray(request.prompt).tolist()
+        shared = [_common(row.ids[: row.held], ids[:-1]) for row in self._rows]
+        source = int(np.argmax(shared))
+        free = [i for i, row in enumerate(self._rows) if row.request is None]
+        i = min(free, key=lambda j: (self._rows[j].held > 0, self._rows[j].joined))
+        if shared[source] < SHARED:
+            source = i
+        elif source in free and self._rows[source].held - shared[source] < SHARED:
+            i = source  # one conversation goes on: nobody else needs what it held
+        if i != source:
+            with jax.set_mesh(self.mesh):
+                copy = _copier(self._visible(shared[source]), self.mesh)
+                self._cache = copy(self._cache, np.int32(source), np.int32(i))
+        self._joined += 1
+        self.reused += shared[source]
+        stream = draws.streams([request.prompt] * (request.copy + 1), request.sampling.seed)[-1]
+        self._rows[i] = _Row(request, ids, shared[source], self._joined, stream)
+        self._note(i)
+        return i
+
+    def _note(self, i: int) -> None:
+        """What penalties and bias of row `i` look at."""
+        request, n = self._request(i), len(self._request(i).prompt)
+        v, empty = self.config.vocab_size, not self._said.bias.shape[1]
+        if empty and not draws.method([request.sampling]).alters:
+            return
+        if empty:
+            self._said = self._unsaid(v)
+        alters = Method(draws=True, filters=True, alters=True)
+        new = draws.said(alters, [request.prompt], [request.sampling], v)
+        np.add.at(new.generated[0], self._rows[i].ids[n:], 1)
+        with jax.set_mesh(self.mesh):
+            self._said = _noter(self.mesh)(self._said, np.int32(i), new)
+
+    def _unsaid(self, v: int) -> Said:
+        shape, kinds = (len(self._rows), v), Said(jnp.bool, jnp.int32, jnp.float32)
+        with jax.set_mesh(self.mesh):
+            return Said(*(jnp.zeros(shape, kind, device=_on((None, None))) for kind in kinds))
+
+    def leave(self, i: int) -> None:
+        """The request in row `i` is not wanted any longer."""
+        self._rows[i].request = None
+
+    # --------------------------------------------------------------------------------------- steps
+
+    def step(self) -> list[Token]:
+        """Reads one chunk of the prompt that came first, then says one token in each row whose
+        prompt has been read. Rows whose answer ends with it are free afterwards."""
+        with jax.set_mesh(self.mesh):
+            try:
+                self._read()
+                return self._say()
+            except jax.errors.JaxRuntimeError:
+                # Out of memory, say; and the cache was given to what failed: all begin anew.
+                self._cache, self._said = self._empty(len(self._rows)), self._unsaid(0)
+                taken = [i for i, row in enumerate(self._rows) if row.request is not None]
+                for row in self._rows:
+                    row.held = 0
+                ended = [token for i in taken for token in self._again(i)]
+                for i in taken:
+                    if self._rows[i].request is not None:
+                        self._note(i)
+                return ended
+
+    def _read(self) -> None:
+        waiting = [(row.joined, i) for i, row in enumerate(self._rows) if row.unread]
+        if not waiting:
+            return
+        i = min(waiting)[1]
+        row = self._rows[i]
+        size = _chunk(row.unread)
+        ids = row.ids[row.held : row.held + min(size, row.unread)]
+        padded = np.zeros(size, np.int32)
+        padded[: len(ids)] = ids
+        read = _reader(self.config, self._visible(row.held + size), self.mesh)
+        self._cache = read(self._laid, self._cache, np.int32(i), padded, np.int32(row.held))
+        row.held += len(ids)
+        self.read += len(ids)
+
+    def _say(self) -> list[Token]:
+        n, rows = len(self._rows), self._rows
+        active = [i for i, row in enumerate(rows) if row.request is not None and not row.unread]
+        if not active:
+            return []
+        last_b, at_b = np.zeros(n, np.int32), np.full(n, -1, np.int32)
+        streams_b2 = np.zeros((n, 2), np.uint32)
+        samplings, top = [Sampling(0.0)] * n, 0
+        for i in active:
+            request = self._request(i)
+            last_b[i], at_b[i], streams_b2[i] = rows[i].ids[-1], rows[i].held, rows[i].stream
+            samplings[i], top = request.sampling, TOP if request.top else top
+        run = _forward(self.config, self._visible(int(at_b.max()) + 1), self.mesh)
+        logits_bv, self._cache = run(self._laid, self._cache, last_b, at_b)
+        knobs = draws.knobs(samplings, self.config.vocab_size)
+        choose = _chooser(draws.method(samplings), min(top, self.config.vocab_size), self.mesh)
+        found, self._said = choose(logits_bv, streams_b2, at_b, knobs, self._said)
+        next_b, chosen_b, ids_bk, best_bk = (np.asarray(a).tolist() for a in found)
+        out = []
+        for i in active:
+            top_k = list(zip(ids_bk[i], best_bk[i], strict=True))[: self._request(i).top]
+            out += self._said_by(i, next_b[i], chosen_b[i], top_k)
+        return out
+
+    def _said_by(
+        self, i: int, token: int, log_prob: float, top: list[tuple[int, float]]
+    ) -> list[Token]:
+        row, request = self._rows[i], self._request(i)
+        if not np.isfinite(log_prob):
+            row.held = 0
+            self._cache = _wiper(self.mesh)(self._cache, np.int32(i))
+            return self._again(i)
+        row.held += 1
+        row.ids.append(token)
+        finish: Finish | None = None
+        if token in request.ends:
+            finish = "stop"
+        elif len(row.ids) == len(request.prompt) + request.max_new_tokens:
+            finish = "length"
+        if finish is not None:
+            row.request = None
+        return [Token(i, token, log_prob, top, finish)]
+
+    def _again(self, i: int) -> list[Token]:
+        """Row `i`, whose cache is empty now, once more from its beginning; or the request's end."""
+        row = self._rows[i]
+        if not row.again:
+            row.again = True
+            return []
+        row.request = None
+        return [Token(i, 0, float("nan"), [], "error")]
+
+    def _request(self, i: int) -> Request:
+        request = self._rows[i].request
+        assert request is not None
+        return request
+
+    def _visible(self, slots: int) -> int:
+        return min(max(VISIBLE, decode.slots(slots)), self.context + CHUNKS[-1] + 1)
+
+
+def _on(axes: Sequence[str | None]) -> jax.NamedSharding:
+    return jax.NamedSharding(jax.sharding.get_mesh(), spec(axes))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _chunk(n: int) -> int:
+    """How many tokens to read where `n` are left: all, if that is less than half padding."""
+    above = [c for c in CHUNKS if n <= c < 2 * n]
+    below = [c for c in CHUNKS if c <= n]
+    return above[0] if above else below[-1] if below else CHUNKS[0]
+
+
+# ---------------------------------------------------------------------------------------- programs
+#
+# All are jitted for the mesh that is set, which is part of the key.
+
+
+@functools.lru_cache(maxsize=64)
+def _forward(config: ModelConfig, visible: int, devices: Any) -> Any:
+    """(laid, cache, last_b, at_b) → what follows `last` in slot `at`, float32 [b, v], and the cache
+    with it. Of a row that does nothing, `at` is -1."""
+    del devices
+
+    def forward(laid: Params, cache: Any, last_b: Any, at_b: Any) -> tuple[jax.Array, Any]:
+        weights, b = layout.restored(config, laid), last_b.shape[0]
+        unused = cache[0][0].shape[1] - 1
+        x_btd, cache = transformer.hidden_cached(
+            config, weights, last_b[:, None], jnp.maximum(at_b, 0)[:, None],
+            jnp.ones((b, 1), jnp.int32), jnp.ones((b, visible), jnp.int32),
+            jnp.where(at_b < 0, unused, at_b), cache,
+        )  # fmt: skip
+        return decode.last_logits(config, weights, x_btd), cache
+
+    return jax.jit(forward, donate_argnums=(1,))
+
+
+@functools.lru_cache(maxsize=64)
+def _chooser(method: Method, top: int, devices: Any) -> Any:
+    """(logits_bv, streams_b2, at_b, knobs, said) → (the next ids [b], their log-probabilities [b],
+    the `top` most likely ids and theirs [b, top]), said."""
+    del devices
+
+    def choose(
+        logits_bv: Any, streams_b2: Any, at_b: Any, knobs: Knobs, said: Said
+    ) -> tuple[tuple[jax.Array, ...], Said]:
+        next_b = draws.choose(method, logits_bv, streams_b2, at_b, knobs, said)
+        log_p_bv = jax.nn.log_softmax(logits_bv)
+        chosen_b = jnp.take_along_axis(log_p_bv, next_b[:, None], axis=1)[:, 0]
+        best_bk, ids_bk = jax.lax.top_k(log_p_bv, top)
+        heard_b = (at_b >= 0) & jnp.isfinite(chosen_b)
+        said = draws.noted(said, jnp.where(heard_b, next_b, -1))
+        return (next_b, chosen_b, ids_bk, best_bk), said
+
+    return jax.jit(choose, donate_argnums=(4,))
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(config: ModelConfig, visible: int, devices: Any) -> Any:
+    """(laid, cache, row, tokens_t, start) → the cache with the tokens' keys and values in slots
+    start … start + t of the row."""
+    del devices
+
+    def read(laid: Params, cache: Any, row: Any, tokens_t: Any, start: Any) -> Any:
+        own = jax.tree.map(lambda a: _of_row(a, row, visible), cache)
+        t, context = tokens_t.shape[0], cache[0][0].shape[1] - CHUNKS[-1] - 1
+        at_bt = jnp.minimum(start + jnp.arange(t, dtype=jnp.int32), context - 1)[None]
+        segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, visible), jnp.int32)
+        _, own = transformer.hidden_cached(
+            config, layout.restored(config, laid), tokens_t[None], at_bt, *segments, start, own
+        )
+        return jax.tree.map(lambda a, part: _with_row(a, row, part), cache, own)
+
+    return jax.jit(read, donate_argnums=(1,))
+
+
+@functools.lru_cache(maxsize=64)
+def _copier(visible: int, devices: Any) -> Any:
+    """(cache, source, target) → the cache with the first slots of one row in another, too."""
+    del devices
+
+    def copy(cache: Any, source: Any, target: Any) -> Any:
+        return jax.tree.map(lambda a: _with_row(a, target, _of_row(a, source, visible)), cache)
+
+    return jax.jit(copy, donate_argnums=(0,))
+
+
+@functools.lru_cache(maxsize=64)
+def _wiper(devices: Any) -> Any:
+    """(cache, row) → the cache with zeros in the row: a slot that is not seen is still multiplied,
+    by 0, which of NaN makes NaN."""
+    del devices
+    return jax.jit(
+        lambda cache, row: jax.tree.map(lambda a: a.at[row].set(0), cache), donate_argnums=(0,)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _noter(devices: Any) -> Any:
+    """(said, row, one row's) → said."""
+    del devices
+    return jax.jit(
+        lambda said, row, new: jax.tree.map(lambda a, x: a.at[row].set(x[0]), said, new),
+        donate_argnums=(0,),
+    )
+
+
+def _of_row(a: jax.Array, row: Any, visible: int) -> jax.Array:
+    return jax.lax.dynamic_slice(a, (row, 0, 0, 0), (1, visible, *a.shape[2:]))
+
+
+def _with_row(a: jax.Array, row: Any, part: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(a, part, (row, 0, 0, 0))
