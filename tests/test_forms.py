@@ -20,7 +20,7 @@ from jaxlm import api, experiment
 from jaxlm.config import Config, DataConfig, ModelConfig
 from jaxlm.model import scale
 from jaxlm.model_config import MoE
-from jaxlm.report import form_table
+from jaxlm.report import form_plots, form_table
 from jaxlm.scaling import columns, form_fit, form_use, robust
 from jaxlm.scaling.columns import Columns
 from jaxlm.scaling.forms import FORMS
@@ -248,6 +248,21 @@ def test_any_table_by_conditions_and_held_out_rows(tmp_path: Path) -> None:
     Console(file=text, width=160).print(form_table.table(found["laws"]))
     for part in ("L = E + K C^-c", "held out", "doubling the largest compute", "95 % by profile"):
         assert part in text.getvalue(), part
+
+
+def test_a_law_s_plots_draw_what_was_fitted(tmp_path: Path) -> None:
+    data = table("saturating", 0.005)
+    held = data.values["flops"] > 5e19
+    found = form_fit.fit(dataclasses.replace(data, held=held), "saturating", starts=8, bootstrap=40)
+    made = form_plots.plot_laws([found, {"law": "power", "refused": "why"}], tmp_path)
+    names = [f"law_saturating_{kind}.png" for kind in ("measured", "curve", "profiles")]
+    assert [path.name for path in made] == names
+    assert all(path.stat().st_size > 10_000 for path in made)
+    p = {k: v["value"] for k, v in found["parameters"].items()}
+    c, y = data.values["flops"][~held], data.values["loss"][~held]
+    drawn = form_plots.measured(found).figure.axes[0].lines[0].get_xydata()
+    np.testing.assert_allclose(drawn, np.stack([y, p["E"] + p["K"] * c ** -p["c"]], 1), rtol=1e-6)
+    assert form_plots.curve({**found, "law": "chinchilla"}) is None  # of two variables
 
 
 def test_the_optimum_becomes_a_file_that_trains_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from jaxlm.api.evaluation import evaluate, lm_eval
 from jaxlm.api.judging import judge
-from jaxlm.api.laws import compare, coordcheck, fit, fit_laws, plot_fit
+from jaxlm.api.laws import compare, coordcheck, fit, fit_laws, plot_fit, plot_laws
 from jaxlm.api.plans import plan
 from jaxlm.api.runs import banner, lint, report, summary, sweep, sweep_share, train
 from jaxlm.api.tuning import finetune
@@ -30,6 +30,7 @@ __all__ = [
     "lm_eval",
     "plan",
     "plot_fit",
+    "plot_laws",
     "report",
     "summary",
     "sweep",

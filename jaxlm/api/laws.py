@@ -177,3 +177,10 @@ def plot_fit(found: dict[str, Any], out: str | Path) -> list[Path]:
     from jaxlm.report import plots
 
     return plots.plot_fit(found, out)
+
+
+def plot_laws(found: dict[str, Any], out: str | Path) -> list[Path]:
+    """PNG plots of what `fit_laws` found."""
+    from jaxlm.report import form_plots
+
+    return form_plots.plot_laws(found["laws"], out)

@@ -104,6 +104,9 @@ def _fit_laws(values: Flags, options: dict[str, Any], out: Any) -> int:
         **numbers,
         **{n: values[n] for n in plain},
     )
+    if values["out"]:
+        for path in api.plot_laws(found, values["out"]):
+            out.say(f"plot: {path}")
     print(json.dumps(found)) if values["json"] else out.laws(found)
     return 0
 

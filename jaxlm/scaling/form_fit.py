@@ -42,8 +42,9 @@ def fit(
     `at`: a point to predict. The dict holds
     `parameters` {name: {value, se, ci95, profile95, undetermined}}, `derived`, `objective`,
     `starts_at_optimum`, `noise`, `left_out` (errors of each budget predicted from the others, of
-    the largest from the smaller ones, and of a naive guess), `held_out`, `at`, `residuals`,
-    `warnings` and `draws`. Raises Refusal where the table cannot carry the law, UserError.
+    the largest from the smaller ones, and of a naive guess), `held_out`, `at`, `points`,
+    `residuals`, `warnings` and `draws`. Raises Refusal where the table cannot carry the law,
+    UserError.
     """
     form = form_of(name)
     _check(form, huber_delta, residual, fixed or {}, bootstrap, resample, starts)
@@ -79,6 +80,11 @@ def fit(
         },
         "levels": levels,
         "left_out": _left_out(table, data.group[~data.held], best, others),
+        "points": {
+            "names": [n for n, h in zip(data.name, data.held, strict=True) if not h],
+            "columns": {k: v.tolist() for k, v in table.columns.items()},
+            "target": table.target.tolist(),
+        },
         "residuals": errors.tolist(),
         "draws": {k: intervals.thin(v) for k, v in draws.items() if k in table.fitted},
     }
