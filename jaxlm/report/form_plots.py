@@ -28,8 +28,8 @@ LAW = PALETTE["approach3"][0]
 HELD = PALETTE["prediction"][0]
 _BEYOND = 10.0  # how far past the runs a curve is drawn
 _ROOM = 4.0  # a profile is drawn up to so many times its rise at the ends of the interval
-_STAR = {"marker": "*", "markersize": 11, "linestyle": "", "color": HELD}
-_DOT = {"marker": "o", "markersize": 5, "linestyle": "", "color": LAW, "alpha": 0.8}
+_STAR: Json = {"marker": "*", "markersize": 11, "linestyle": "", "color": HELD}
+_DOT: Json = {"marker": "o", "markersize": 5, "linestyle": "", "color": LAW, "alpha": 0.8}
 
 
 def plot_laws(laws: Sequence[Json], out_dir: str | Path) -> list[Path]:
@@ -137,6 +137,6 @@ def profiles(law: Json) -> Plot | None:
     for axes in cells[len(found) :]:
         axes.remove()
     plot.figure.supylabel("rise of the objective (share)", fontsize=9)
-    line = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 2))}
+    line: Json = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 2))}
     plot.legend([key("optimum", color=INK, linewidth=1), key("95 %", **line)], columns=2)
     return plot
