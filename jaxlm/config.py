@@ -59,6 +59,9 @@ class DataConfig:
     eval_fraction: float = doc(0.05, "share of documents held out for evaluation, by hash of text")
     eval_sequences: int = doc(256, "sequences in one evaluation")
     max_epochs: float = doc(1.0, "how often a token may be seen before the run is refused")
+    unique_tokens: int | None = doc(
+        None, "train on so many tokens of the train split only, the same for every run; None: all"
+    )
     seed: int | None = doc(None, "seed of the sample order; None: the run's seed")
     packing: Literal["split", "best_fit"] = doc(
         "split", "split: documents in a row, cut at windows; best_fit: whole ones where they fit"

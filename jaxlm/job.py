@@ -16,7 +16,7 @@ import jax
 
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig
-from jaxlm.data import card, loader, shards, tokenizer
+from jaxlm.data import card, loader, shards, subset, tokenizer
 from jaxlm.evaluate import likelihood
 from jaxlm.files import write_bytes
 from jaxlm.generate import watch
@@ -96,7 +96,7 @@ def _fit(
     group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress, given: loop.Given
 ) -> None:
     config = group[0].config
-    train_set = _open(config, data_dir, "train")
+    train_set = subset.of(_open(config, data_dir, "train"), config.data.unique_tokens)
     sequences = config.train.steps * config.train.global_batch_size
     mixture = loader.mixture_of(train_set, config.data, sequences)
     for run in group:
@@ -139,7 +139,7 @@ def _observers(config: Config, data_dir: Path) -> list[loop.Observer]:
     return found
 
 
-def _seen(dataset: loader.Dataset, mixture: loader.Mixture | None) -> loop.Observer:
+def _seen(dataset: loader.Rows, mixture: loader.Mixture | None) -> loop.Observer:
     """How often each source was seen."""
 
     def observe(config: Config, params: Any, step: int) -> list[dict[str, Any]]:

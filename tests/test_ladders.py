@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxlm.config import Config, ModelConfig, Rung, Shape, Sweep, TrainConfig
+from jaxlm.config import Config, DataConfig, ModelConfig, Rung, Shape, Sweep, TrainConfig
+from jaxlm.data import loader, shards, subset
+from jaxlm.files import write_json
 from jaxlm.model.scale import size
+from jaxlm.scaling import columns
+from jaxlm.scaling.forms import FORMS
 from jaxlm.scaling.ladder import dial, grid, members
 from jaxlm.scaling.lint import after, lint
+from jaxlm.schema import UserError, to_dict
 from jaxlm.train import record
 
 BASE = Config(
@@ -39,6 +46,46 @@ def test_lint_of_grids() -> None:
     assert "bracket" not in said and "told apart" not in said and "exponent" not in said
     few = Sweep(base=BASE, rungs=grid(BASE, shapes, (), (1e5, 2e5)))
     assert any("D has 2 values" in w for w in lint(few).warnings)
+
+
+def test_a_grid_of_unique_tokens(tmp_path: Path) -> None:
+    """Parts of one split, a smaller inside a larger, each seen as often as counted."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            text = f"{name} {i}: " + " ".join(str(i * k) for k in range(30 if name == "a" else 90))
+            (tmp_path / name / f"{i}.txt").write_text(text)
+    data = DataConfig(sources=(str(tmp_path / "a"), str(tmp_path / "b")), max_epochs=8.0)
+    manifest = shards.build(data, 256, tmp_path / "data")
+    whole = loader.Dataset.open(tmp_path / "data", "train", 32)
+    parts = {n: subset.of(whole, n * 32) for n in (10, 40)}
+    seen = {}
+    for n, part in parts.items():
+        batch = loader.chunk(part, seed=3, position=0, steps=3 * n, batch_size=1)
+        rows = Counter(row.tobytes() for row in batch.tokens[:, 0])
+        assert len(rows) == n and set(rows.values()) == {3}  # three epochs, none left out
+        seen[n] = set(rows)
+        assert {*loader.epochs(part, 3, 3 * n).values()} == {3.0}
+        text = {k: len(own) / n for k, own in part.windows_of.items()}
+        assert text[1] == pytest.approx(len(whole.windows_of[1]) / len(whole), abs=0.05)
+    assert seen[10] < seen[40]
+    with pytest.raises(UserError, match=r"data\.unique_tokens: expected 32"):
+        subset.of(whole, 10**9)
+
+    sweep = Sweep(base=dataclasses.replace(BASE, data=data),
+                  rungs=(Rung(4e8, (Shape(16, 1), Shape(32, 1))),),
+                  vary=(("data.unique_tokens", (1280, 2560)),))  # fmt: skip
+    found = lint(sweep, manifest.train.tokens)
+    for m, row in zip(members(sweep), found.rows, strict=True):
+        assert row.epochs == pytest.approx(m.config.tokens / m.config.data.unique_tokens, rel=0.03)
+        run = tmp_path / "runs" / m.name
+        row = record.make(m.config, m.name, "finished", "x", "fit", m.budget, loss=2.0)
+        record.write(run, row)
+        write_json(run / "config.json", {"format": "jaxlm.config/1", "config": to_dict(m.config)})
+    table = columns.read(tmp_path / "runs", FORMS["data-constrained"])
+    assert sorted({*table.values["unique_tokens"]}) == [1280, 2560]
+    with pytest.raises(UserError, match=r"epochs of 100, above max_epochs=8"):
+        lint(dataclasses.replace(sweep, vary=(("data.unique_tokens", (100,)),)), 10**6)
 
 
 def test_lint_afterwards_flags_edges_outliers_and_divergence() -> None:

@@ -118,15 +118,23 @@ def _folder(folder: Path, where: Sequence[str]) -> tuple[tables.Raw, list[dict[s
         row = {k: str(v) for k, v in record.items() if v is not None}
         row["batch_tokens"] = str(record["global_batch_size"] * record["seq_len"])
         row["group"] = f"{record['budget']:g}"
-        manifest = path.parent / "data_manifest.json"
-        if manifest.exists():
-            there = read_json(manifest, "data")["train"]["tokens"]
-            row["unique_tokens"] = str(min(there, record["tokens"]))
+        if (unique := _unique_tokens(path.parent)) is not None:
+            row["unique_tokens"] = str(min(unique, record["tokens"]))
         if all(tables.holds(path, row, c, "--where") for c in where):
             rows.append((line, row))
     if not rows:
         raise UserError(f"{folder}: none of its {len(paths)} runs can be fitted")
     return tables.Raw(folder, list(rows[0][1]), rows), dropped
+
+
+def _unique_tokens(run: Path) -> int | None:
+    """Tokens of the text that a run could see, where its folder tells."""
+    config, manifest = run / "config.json", run / "data_manifest.json"
+    if config.exists():
+        part: int | None = read_json(config, "config")["config"]["data"].get("unique_tokens")
+        if part is not None:
+            return part
+    return int(read_json(manifest, "data")["train"]["tokens"]) if manifest.exists() else None
 
 
 def _find(

@@ -131,7 +131,7 @@ def _varied(config: Config, sweep: Sweep) -> Iterator[Config]:
     """One config per combination of `sweep.vary`."""
     fields = [field for field, _ in sweep.vary]
     for field in fields:
-        if field.startswith("data.") and field != "data.seed":
+        if field.startswith("data.") and field not in ("data.seed", "data.unique_tokens"):
             raise UserError(f"config.vary: {field}: all members of a sweep read the same data")
     for values in itertools.product(*(choices for _, choices in sweep.vary)):
         changed = config

@@ -71,7 +71,8 @@ def lint(sweep: Sweep, train_tokens: int | None = None) -> Found:
 
 
 def _epochs(config: Config, train_tokens: int) -> float:
-    windows = max(1, (train_tokens - 1) // config.model.seq_len)
+    there = min(train_tokens - 1, config.data.unique_tokens or train_tokens)
+    windows = max(1, there // config.model.seq_len)
     return config.train.steps * config.train.global_batch_size / windows
 
 
@@ -79,12 +80,13 @@ def _need_text(sweep: Sweep, planned: Sequence[Member], train_tokens: int | None
     if train_tokens is None:
         return
     limit = sweep.base.data.max_epochs
-    worst = max(planned, key=lambda m: m.config.tokens)
+    worst = max(planned, key=lambda m: _epochs(m.config, train_tokens))
     epochs = _epochs(worst.config, train_tokens)
     if epochs > limit:
         raise UserError(
             f"config.base.data.max_epochs: {worst.name} needs {worst.config.tokens:,} tokens,"
-            f" {epochs:.2f} epochs of {train_tokens:,}, above max_epochs={limit:g};"
+            f" {epochs:.2f} epochs of {worst.config.data.unique_tokens or train_tokens:,}, above"
+            f" max_epochs={limit:g};"
             " add text, lower the budget or raise max_epochs"
         )
 

@@ -145,7 +145,9 @@ def _groups(sweep: Sweep, left: Sequence[Member]) -> list[list[Member]]:
 
     shapes: dict[Any, list[Member]] = {}
     for member in left:
-        shapes.setdefault((static(member.config), member.config.train.steps), []).append(member)
+        c = member.config
+        reads = dataclasses.replace(c.data, seed=None)
+        shapes.setdefault((static(c), c.train.steps, reads), []).append(member)
     return list(shapes.values())
 
 
