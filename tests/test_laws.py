@@ -33,7 +33,7 @@ from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
 from jaxlm.report import law_table
-from jaxlm.scaling import laws, runs
+from jaxlm.scaling import foresight, laws, runs
 from jaxlm.schema import UserError
 
 # ------------------------------------------------------------------------------------- approach 3
@@ -295,6 +295,25 @@ def test_arguments_out_of_range(wrong: dict) -> None:
         laws.fit(ladder(QUICK), **wrong)
 
 
+def test_the_largest_budget_is_foretold_from_the_smaller_ones() -> None:
+    points = ladder(QUICK, budgets=np.geomspace(1e11, 1.6e12, 5))
+    rows = foresight.left_out(points)
+    third = [r for r in rows if r["estimator"] == "approach3"]
+    assert [round(r["extrapolation"]) for r in third] == [2, 4]
+    for row in third:
+        assert abs(row["error"]) < 1e-6  # its own law, without noise
+        assert row["measured"] == points.loss[points.flops > 1.5e12].min()
+    assert foresight.doubts(rows, "approach3") == []
+    assert "approach2, which predicts" in foresight.doubts(rows, "approach2")[0]
+    refused = foresight.left_out(ladder(QUICK))
+    assert refused == []  # three budgets: two would be left
+
+    fits = laws.fit(points, approaches=(2, 3), bootstrap=0)
+    text = io.StringIO()
+    Console(file=text, width=160).print(law_table.table({**fits, "left_out": rows}))
+    assert "1.6×10¹² FLOPs, from those below" in text.getvalue()
+
+
 def test_the_table_shows_what_was_found_and_what_was_refused() -> None:
     points = ladder(QUICK, 0.005)
     points = dataclasses.replace(points, name=tuple(f"[run {i}]" for i in range(len(points))))
@@ -327,6 +346,7 @@ def coverage(law: Law, draws: int, resamples: int, approaches: Sequence[int]) ->
             inside = {k: (fits[name]["ci95"][k], getattr(law, k)) for k in ("a",)}
             if number == 3:
                 inside |= {k: (fits[name]["ci95"][k], getattr(law, k)) for k in ("alpha", "beta")}
+            inside["N*"] = (found["params_ci95"], law.best_size(HELD_OUT))
             inside["best loss"] = (found["ci95_law"], law.best_loss(HELD_OUT))
             inside["run"] = (found["ci95"], measured)
             for key, ((low, high), truth) in inside.items():
@@ -347,7 +367,7 @@ def test_intervals_cover() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("law", [QUICK, Law(0.5, 0.34, 0.28), Law(0.9, 0.5, 0.55)])
 def test_measured_coverage(law: Law) -> None:
-    found = coverage(law, 400, 400, (1, 2, 3))
+    found = coverage(law, 500, 200, (1, 2, 3))
     print(law, {k: round(v, 3) for k, v in found.items()})
     for key, share in found.items():
         assert share < 0.05 if "half-width" in key else share >= 0.90, (key, share)

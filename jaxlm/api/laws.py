@@ -26,17 +26,21 @@ def fit(
 ) -> dict[str, Any]:
     """Approaches 1, 2 and 3 on a folder of runs or a CSV; see `runs.from_csv` for what chooses and
     counts the rows and `laws.fit` for `options`. `count` None: "effective" for a folder, the
-    table's N otherwise."""
-    from jaxlm.scaling import laws, runs
+    table's N otherwise. `left_out` is what `foresight` says of the approaches."""
+    from jaxlm.scaling import foresight, laws, runs
 
     how: dict[str, Any] = {"flops": flops}
     if "://" not in str(source) and not Path(source).is_dir():
         table = runs.from_csv(source, columns or {}, where, count=count or "all", **how)  # type: ignore[arg-type]
-        return laws.fit(table, **options)
-    if columns or where:
+    elif columns or where:
         raise UserError("--columns, --where: a folder of runs has fields of its own; use --law")
-    with folder_of(source) as folder:
-        return laws.fit(runs.from_folder(folder, count or "effective", **how), **options)  # type: ignore[arg-type]
+    else:
+        with folder_of(source) as folder:
+            table = runs.from_folder(folder, count or "effective", **how)  # type: ignore[arg-type]
+    found = laws.fit(table, **options)
+    plain = ("approaches", "drop_largest_loss", "huber_delta", "minimum")
+    asked = {k: options[k] for k in plain if k in options}
+    return {**found, "left_out": foresight.left_out(table, **asked)}
 
 
 def fit_laws(

@@ -32,6 +32,8 @@ def table(fits: Json) -> Group:
         parts.append(_minima(fits["approach2"]))
     if fits["for_compute"]:
         parts.append(_predictions(fits["for_compute"]))
+    if fits.get("left_out"):
+        parts.append(_foresight(fits["left_out"]))
     lines = [f"dropped: {d['name']} (loss {_number(d['loss'])}): {d['reason']}"
              for d in fits["dropped"]]  # fmt: skip
     lines += [f"warning: {line}" for line in fits["warnings"]]
@@ -79,6 +81,16 @@ def _predictions(asked: Json) -> Table:
             continue
         cells = [f"{p['loss']:.4f}", interval(p["ci95"], 4) or "–", percent(p["half_width"]) or "–"]
         found.add_row(title, *cells, count(p["params"]), count(p["tokens"]))
+    return found
+
+
+def _foresight(rows: list[Json]) -> Table:
+    title = f"The largest budget, {power(rows[0]['flops'], 3)} FLOPs, from those below"
+    found = Table("approach", "budgets up to", "predicted", "measured", "error", title=title)
+    for row in rows:
+        losses = [f"{row[k]:.4f}" for k in ("predicted", "measured")]
+        told = power(row["flops"] / row["extrapolation"], 3)
+        found.add_row(_TITLES[row["estimator"]], told, *losses, percent(row["error"], 2))
     return found
 
 

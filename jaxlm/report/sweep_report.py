@@ -151,7 +151,8 @@ def _fits(sweep: SweepFolder) -> Html | None:
             numbers_shown = [f(approach, k) for k in "ab" for f in (_value, _bounds)]
         rows.append([approach.label, *numbers_shown, _remark(sweep, approach)])
     second, third = (Approach(n, part(sweep.fit.get(n))) for n in ("approach2", "approach3"))
-    return section("Fits", table(head, rows), _minima(second), _parameters(third), id="fits")
+    shown = [_foresight(sweep), _minima(second), _parameters(third)]
+    return section("Fits", table(head, rows), *shown, id="fits")
 
 
 def _value(approach: Approach, key: str) -> str | None:
@@ -167,6 +168,22 @@ def _remark(sweep: SweepFolder, approach: Approach) -> Child:
         return h("span", f"refused: {approach.refused}", class_="tag warn")
     named = sweep.prediction.get("estimator") == approach.name
     return "made the prediction" if named else None
+
+
+def _foresight(sweep: SweepFolder) -> Html | None:
+    """The largest budget as each approach foretold it from the smaller ones."""
+    rows: list[list[Child]] = []
+    for row in dicts(sweep.fit.get("left_out")):
+        reach, flops = number(row.get("extrapolation")), number(row.get("flops"))
+        below = power(flops / reach) if flops and reach else None
+        losses = [fixed(number(row.get(k)), 4) for k in ("predicted", "measured")]
+        rows.append([Approach(str(row.get("estimator")), {}).label, below, power(flops), *losses,
+                     percent(number(row.get("error")), 2)])  # fmt: skip
+    if not rows:
+        return None
+    head = ["Approach", "Told up to#", "Asked for#", "Predicted#", "Measured#", "Error#"]
+    title = h("h3", "The largest budget, foretold from the smaller ones")
+    return join([title, table(head, rows)])
 
 
 def _minima(second: Approach) -> Html | None:

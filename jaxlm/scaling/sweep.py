@@ -29,7 +29,7 @@ from jaxlm.data import shards
 from jaxlm.experiment import fingerprint
 from jaxlm.files import plain, read_json, read_jsonl, write_json
 from jaxlm.model.scale import size as model_size
-from jaxlm.scaling import laws, reuse, runs, trunk
+from jaxlm.scaling import foresight, laws, reuse, runs, trunk
 from jaxlm.scaling.ladder import Member, holdout, members
 from jaxlm.scaling.lint import Found, after, lint
 from jaxlm.scaling.workers import run_members
@@ -142,14 +142,18 @@ def fit_ladder(sweep: Sweep, folder: Path, planned: Sequence[Member], say: Say) 
     say(f"fitting {len(rows)} runs, {sweep.bootstrap} resamples")
     curves = [_curve(folder, r) for r in rows if r.status == "finished"]
     curves = [c for c in curves if len(c.flops) >= 3]  # fewer are no curve
+    points = runs.from_folder(folder / "runs")
     result = laws.fit(
-        runs.from_folder(folder / "runs"),
+        points,
         curves=curves,
         bootstrap=sweep.bootstrap,
         seed=sweep.seed,
         for_compute=sweep.holdout_flops or None,
     )
+    result["left_out"] = foresight.left_out(points, curves)
     result["warnings"] += after(sweep, rows, result)
+    if sweep.holdout_flops:
+        result["warnings"] += foresight.doubts(result["left_out"], sweep.estimator)
     write_json(path, {**result, "inputs": inputs})
     return read_json(path, "fit")
 
