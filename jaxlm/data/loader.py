@@ -137,7 +137,7 @@ def eval_batch(
     return batch, target_bytes.astype(np.int32)
 
 
-def mixture_of(dataset: Dataset, data: DataConfig, sequences: int) -> Mixture | None:
+def mixture_of(dataset: Rows, data: DataConfig, sequences: int) -> Mixture | None:
     """How a run of `sequences` samples weighs its sources (None: by size). Raises UserError."""
     found = make(data.weights, data.curriculum, len(dataset.sources), sequences)
     for stage in found.stages if found else ():
