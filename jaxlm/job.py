@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm import mesh
+from jaxlm import hosts, mesh
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data import card, loader, shards, subset, tokenizer
 from jaxlm.evaluate import likelihood
@@ -77,13 +78,17 @@ def train(
     runs = [Run(t.config, t.folder, saw, t.role, t.budget, terms) for t in tasks]
     with contextlib.ExitStack() as held:
         for run in runs:
-            held.enter_context(workdir.lock(run.folder))
-            run.claim()
+            hosts.by_lead(functools.partial(_claim, run, held))
         todo = [run for run in runs if run.record() is None]
         for group in _groups(todo):
             with contextlib.suppress(loop.Diverged):  # its record says so
                 _fit(group, data_dir, stop, progress, begin.given if begin else loop.NOTHING)
     return [found for run in runs if (found := run.record()) is not None]
+
+
+def _claim(run: Run, held: contextlib.ExitStack) -> None:
+    held.enter_context(workdir.lock(run.folder))
+    run.claim()
 
 
 def _groups(todo: list[Run]) -> list[list[Run]]:
@@ -103,16 +108,18 @@ def _fit(
         seed = loop.data_seed(run.config)
         loader.check_epochs(train_set, sequences, config.data.max_epochs, seed, mixture)
     observers = [*_observers(config, data_dir), _seen(train_set, mixture)]
-    for run in group:
+    tracked = group if hosts.is_lead() else []
+    for run in tracked:
         _keep_data_card(run.folder, data_dir)
     with contextlib.ExitStack() as held:
         trackers = {
-            run.folder: held.enter_context(Trackers(run.config, run.folder)) for run in group
+            run.folder: held.enter_context(Trackers(run.config, run.folder)) for run in tracked
         }
 
         def send(run: Run, row: dict[str, Any]) -> None:
-            trackers[run.folder].row(row)
-            progress(run, row)
+            if hosts.is_lead():
+                trackers[run.folder].row(row)
+                progress(run, row)
 
         held.enter_context(jax.set_mesh(mesh.make(config)))
         loop.fit(group, train_set, observers, stop, send, mixture, given)

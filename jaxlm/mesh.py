@@ -238,13 +238,31 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     return jax.NamedSharding(mesh, P())
 
 
-def put_batch(tree: Any, mesh: jax.sharding.Mesh, leading: int = 0) -> Any:
-    """Host arrays onto the mesh, the batch axis (after `leading` others) cut by data and fsdp."""
+def whole(tree: Any) -> Any:
+    """Traced arrays on every device whole, so that each process can read them."""
+    return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), tree)
+
+
+def own_rows(mesh: jax.sharding.Mesh, n: int) -> tuple[int, int]:
+    """(lo, hi): the rows of a batch of n that this process's devices hold."""
+    sharding = jax.NamedSharding(mesh, spec(("batch",)))
+    places = sharding.addressable_devices_indices_map((n,)).values()
+    held = [at[0].indices(n) for at in places if at is not None]
+    return min(lo for lo, _, _ in held), max(hi for _, hi, _ in held)
+
+
+def put_batch(tree: Any, mesh: jax.sharding.Mesh, leading: int = 0, rows: int = 0) -> Any:
+    """Host arrays onto the mesh, the batch axis (after `leading` others) cut by data and fsdp.
+
+    Each process gives all rows of a batch, or of `rows` its own (`own_rows`).
+    """
 
     def put(x: Any) -> jax.Array:
         axes = [None] * leading + ["batch"] + [None] * (x.ndim - leading - 1)
         sharding = jax.NamedSharding(mesh, spec(axes))
-        return jax.make_array_from_process_local_data(sharding, x)
+        whole = list(x.shape)
+        whole[leading] = rows or whole[leading]
+        return jax.make_array_from_process_local_data(sharding, x, tuple(whole))
 
     return jax.tree.map(put, tree)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -23,8 +24,10 @@ def plain(value: Any) -> Any:
 class Lines:
     """Progress as one line that rewrites itself on a terminal, or a line now and then elsewhere."""
 
-    def __init__(self, to_stderr: bool = False) -> None:
+    def __init__(self, to_stderr: bool = False, quiet: bool = False) -> None:
         self.file = sys.stderr if to_stderr else sys.stdout
+        if quiet:  # another process of the run says it
+            self.file = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
         self.live = self.file.isatty()
         width = None if self.live else 140  # a log is not as narrow as no terminal
         self.console = Console(file=self.file, width=width, highlight=False)

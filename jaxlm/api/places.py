@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxlm import hosts
 from jaxlm.files import Mirror
-from jaxlm.schema import JaxlmError
-from jaxlm.train.workdir import lock
+from jaxlm.schema import JaxlmError, UserError
+from jaxlm.train.workdir import LOCK, lock
 
 Say = Callable[[str], None]
 
@@ -19,11 +20,24 @@ def quiet(line: str) -> None:
 
 @contextlib.contextmanager
 def workdir_of(url: str | Path) -> Iterator[tuple[Path, Mirror]]:
-    """The local folder of a workdir, locked by this process; a URL's is fetched and sent back."""
+    """The local folder of a workdir, locked by this process (of several, by the lead); a URL's is
+    fetched and sent back."""
     mirror = Mirror(url)
-    mirror.local.mkdir(parents=True, exist_ok=True)
-    with lock(mirror.local):  # before pulling: another process may be at work in the copy
-        mirror.pull()
+    if mirror.remote and hosts.several():
+        raise UserError(
+            f"--workdir: {url}: several processes need a folder that all of them see; mount the"
+            " bucket (gcsfuse) or use a network file system"
+        )
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            mirror.local.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(mirror.local))
+            mirror.pull()  # after locking: another process may be at work in the copy
+
+        hosts.by_lead(take)
+        if hosts.anyone(not (mirror.local / LOCK).exists()):
+            raise UserError(f"--workdir: not all processes see the same folder {mirror.local}")
         try:
             yield mirror.local, mirror
         except BaseException:

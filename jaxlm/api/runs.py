@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def train(
 
     Raises UserError; JaxlmError if the run diverged; Stopped after SIGTERM or Ctrl-C (all saved).
     """
-    from jaxlm import job, mesh, tuning
+    from jaxlm import hosts, job, mesh, tuning
     from jaxlm.data import shards
     from jaxlm.train import record
     from jaxlm.train.example_losses import OF_EXAMPLES
@@ -43,6 +44,7 @@ def train(
         raise UserError("config.tune.examples: labelled examples are for 'jaxlm finetune'")
     start = None
     if config.tune.start:
+        hosts.need_one("config.tune.start")
         config, start = tuning.continued(started(config))
     for tracker in config.train.track:
         need(tracker)
@@ -55,8 +57,10 @@ def train(
         else:
             mesh.make(config)  # what these devices cannot be is told before any text is read
             data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
-            shards.build(config.data, config.text_ids, data_dir, data_progress)
-            if stop:
+            hosts.by_lead(
+                lambda: shards.build(config.data, config.text_ids, data_dir, data_progress)
+            )
+            if hosts.anyone(stop):
                 raise _stopped(stop)
             say(banner(config))
             begin = None if start is None else _beginning(config, start, data_dir)
@@ -138,7 +142,7 @@ def sending(mirror: Mirror, progress: Any) -> Any:
 
 def _stopped(stop: Any) -> JaxlmError:
     error = JaxlmError("stopped; the same command goes on from here")
-    error.exit_code = getattr(stop, "exit_code", 1)
+    error.exit_code = getattr(stop, "exit_code", 1) or 128 + signal.SIGTERM  # another's
     return error
 
 

@@ -27,10 +27,11 @@ def finetune(
 
     Raises UserError; JaxlmError if the run diverged; Stopped after SIGTERM or Ctrl-C (all saved).
     """
-    from jaxlm import tuning
+    from jaxlm import hosts, tuning
     from jaxlm.train.step import check_names
     from jaxlm.train.trackers import need
 
+    hosts.need_one("jaxlm finetune")
     config = started(located(config))
     check_names(config)
     for tracker in config.train.track:

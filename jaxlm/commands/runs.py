@@ -16,6 +16,9 @@ from jaxlm.schema import UserError
 def _flags_train(values: flags.FlagValues) -> None:
     experiment_flags(values)
     flags.DEFINE_list("track", None, "tensorboard, wandb, trackio", flag_values=values)
+    flags.DEFINE_boolean(
+        "distributed", False, "one of several processes that find each other", flag_values=values
+    )
     flags.DEFINE_string("profile", None, "START:STOP: trace these steps", flag_values=values)
 
 
@@ -59,11 +62,12 @@ def _train(values: Flags, overrides: list[tuple[str, str]]) -> int:
     if values["profile"] is not None:
         overrides.append(("train.profile", values["profile"]))
     config = experiment(values, overrides, Config)
-    from jaxlm import api
+    from jaxlm import api, hosts
     from jaxlm.train.workdir import StopFlag
 
-    out = show.Lines(to_stderr=values["json"])
     with StopFlag() as stop:
+        hosts.join(values["distributed"])
+        out = show.Lines(to_stderr=values["json"], quiet=not hosts.is_lead())
         row = api.train(
             config,
             values["workdir"],
@@ -73,7 +77,7 @@ def _train(values: Flags, overrides: list[tuple[str, str]]) -> int:
             stop=stop,
         )
     out.record(row)
-    if values["json"]:
+    if values["json"] and hosts.is_lead():
         print(json.dumps(show.plain(row)))
     return 0
 

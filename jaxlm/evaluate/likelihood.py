@@ -108,7 +108,7 @@ def _evaluated(config: Config, params: Any, batch: Any) -> tuple[np.ndarray, np.
 def _losses(config: Config, devices: Any) -> Any:
     del devices  # part of the key: traced for the mesh that is set
 
-    def losses(params: Any, parts: Batch) -> tuple[jax.Array, jax.Array]:
+    def losses(params: Any, parts: Batch) -> Any:
         def some(numbered: tuple[Batch, jax.Array]) -> tuple[jax.Array, jax.Array]:
             part, number = numbered
             example = corrupted(config, part, jax.random.fold_in(jax.random.key(0), number))
@@ -116,7 +116,7 @@ def _losses(config: Config, devices: Any) -> Any:
             nll_bt = token_losses(config.model, params, x_btd, example.targets)[0]
             return nll_bt.astype(jnp.float32), example.weights
 
-        return jax.lax.map(some, (parts, jnp.arange(len(parts.tokens))))
+        return mesh.whole(jax.lax.map(some, (parts, jnp.arange(len(parts.tokens)))))
 
     return jax.jit(losses)
 
@@ -126,10 +126,10 @@ def _continued(config: ModelConfig, devices: Any) -> Any:
     """Jitted (params, batch) → negative log-likelihoods, which targets are likeliest, [b, t]."""
     del devices
 
-    def run(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def run(params: Any, batch: Batch) -> Any:
         x_btd, _ = hidden(config, params, Example(*batch))
         nll_bt, _ = token_losses(config, params, x_btd, batch.targets)
         best_bt = jnp.argmax(transformer.logits(config, params, x_btd), axis=-1)
-        return nll_bt.astype(jnp.float32), best_bt == batch.targets
+        return mesh.whole((nll_bt.astype(jnp.float32), best_bt == batch.targets))
 
     return jax.jit(run)

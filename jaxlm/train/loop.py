@@ -8,6 +8,7 @@ evaluation or generation: `observers` bring their rows.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm import mesh
+from jaxlm import hosts, mesh
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.model import transformer
@@ -116,6 +117,7 @@ class _Loop:
         self.members = [_Member(run) for run in runs]
         self.config = runs[0].config
         self.dataset, self.observers, self.stop, self.progress = dataset, observers, stop, progress
+        self.stopping = hosts.Agreed(stop, jax.sharding.get_mesh())
         self.mixture, self.given = mixture, given
         self.population = len(runs) if len(runs) > 1 else 0
         self.mesh = jax.sharding.get_mesh()
@@ -137,13 +139,14 @@ class _Loop:
         for batches in self._feed():
             n = batches.tokens.shape[1 if self.population else 0]
             self._profile(n)
-            on_mesh = mesh.put_batch(batches, self.mesh, leading=2 if self.population else 1)
+            leading, rows = 2 if self.population else 1, self.config.train.global_batch_size
+            on_mesh = mesh.put_batch(batches, self.mesh, leading, rows)
             self.state, metrics = self.program.chunk(self.hyper, self.state, on_mesh)
             self._log_pending()
             self.step += n
             self.pending = (self.step, metrics)
             self._at_boundary()
-            if self.stop:
+            if self.stopping.ask():
                 self._leave()
         self._stop_trace()
         return [self._finish(i) for i in range(len(self.members))]
@@ -188,6 +191,7 @@ class _Loop:
                 steps=t.steps - self.step,
                 batch_size=t.global_batch_size,
                 steps_per_chunk=t.steps_per_dispatch,
+                rows=mesh.own_rows(self.mesh, t.global_batch_size),
                 mixture=self.mixture,
             )
             for m in self.members
@@ -238,7 +242,8 @@ class _Loop:
             if i not in self.diverged:
                 member.run.event("stop", step=self.step)
         error = Stopped(f"stopped at step {self.step}, saved; the same command goes on from there")
-        error.exit_code = getattr(self.stop, "exit_code", 1)
+        # Where another process was told to stop, this one says what that one says.
+        error.exit_code = getattr(self.stop, "exit_code", 1) or 128 + signal.SIGTERM
         raise error
 
     def _save(self) -> None:
@@ -346,7 +351,7 @@ class _Loop:
             eval_bpb=member.evals.get("eval/bpb"),
             wall_time_s=member.seconds + time.perf_counter() - self.started,
         )
-        record.write(member.run.folder, row)
+        hosts.by_lead(lambda: record.write(member.run.folder, row))
         member.run.event("finish", step=row.steps)
         return row
 

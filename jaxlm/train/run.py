@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxlm import hosts
 from jaxlm.config import Config
 from jaxlm.experiment import fingerprint, identity, references, with_files
 from jaxlm.files import append_jsonl, filter_jsonl, read_json, write_bytes, write_json
@@ -24,7 +25,10 @@ _LIBRARIES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 
 @dataclass
 class Run:
-    """A config at work in a folder. `role` and `budget` are its part in a sweep."""
+    """A config at work in a folder. `role` and `budget` are its part in a sweep.
+
+    Of several processes the lead alone writes rows; all save checkpoints together.
+    """
 
     config: Config
     folder: Path
@@ -94,11 +98,14 @@ class Run:
         return kept
 
     def event(self, what: str, **values: Any) -> None:
+        if not hosts.is_lead():
+            return
         row = {"time": time.time(), "event": what, **values}
         append_jsonl(self.folder / "events.jsonl", row)
 
     def log(self, row: dict[str, Any]) -> None:
-        append_jsonl(self.metrics, row)
+        if hosts.is_lead():
+            append_jsonl(self.metrics, row)
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after the checkpoint of `step` was saved.
@@ -106,6 +113,8 @@ class Run:
         So the file becomes an uninterrupted run's. What was observed at `step` is observed again:
         evaluation comes after saving, so that a failure in it costs no trained step.
         """
+        if not hosts.is_lead():
+            return
         filter_jsonl(
             self.metrics,
             lambda row: row["step"] < step or (row["step"] == step and "train/loss" in row),

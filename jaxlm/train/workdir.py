@@ -21,6 +21,7 @@ from absl import logging
 
 from jaxlm.schema import UserError
 
+LOCK = ".lock"
 _held: dict[Path, tuple[int, int]] = {}  # locked folder → (descriptor, thread)
 _flags: list[StopFlag] = []  # those that listen
 
@@ -51,7 +52,7 @@ def lock(folder: str | Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,0 +1,191 @@
+"""Several processes on loopback are one run: what it logs, samples and saves is one process's."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+import small
+from conftest import FAST_COMPILES
+from faults import command, start, words
+
+from jaxlm import api, hosts
+from jaxlm.experiment import load
+from jaxlm.files import read_jsonl
+from jaxlm.schema import UserError
+from jaxlm.train.checkpoint import Checkpoints
+
+EXPERIMENT = """
+from jaxlm.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+
+
+def get_config():
+    return Config(
+        data=DataConfig(sources=({words!r},), eval_sequences=16, max_epochs=100.0),
+        model=ModelConfig(d_model=16, n_layers=1, n_heads=2, seq_len=16),
+        train=TrainConfig(steps={steps}, global_batch_size=8, log_every=1, eval_every=8,
+                          checkpoint_every=8, keep_checkpoints=99, steps_per_dispatch=2,
+                          sample_prompts={prompts}, sample_tokens=4),
+        mesh=MeshConfig({mesh}),
+    )
+"""
+FSDP_TENSOR, CONTEXT = "1, fsdp=2, tensor=2", "1, fsdp=2, context=2"
+
+
+def experiment(folder, mesh=FSDP_TENSOR, steps=16, prompts=("the ",)):
+    text = folder / "text"
+    path = folder / f"{abs(hash(mesh))}.py"
+    path.write_text(EXPERIMENT.format(words=str(text), mesh=mesh, steps=steps, prompts=prompts))
+    if not text.exists():
+        words(text, 12)
+    return path
+
+
+def processes(n, path, workdir, devices=4, **env):
+    """`jaxlm train` as n processes that hold the devices together."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    compiles = os.environ.get("JAXLM_TESTS_XLA", FAST_COMPILES)
+    flags = f"--xla_force_host_platform_device_count={devices // n} {compiles}"
+    command = [sys.executable, "-m", "jaxlm", "train", f"--config={path}", f"--workdir={workdir}"]
+    found = []
+    for i in range(n):
+        joined = {hosts.COORDINATOR: f"localhost:{port}", hosts.PROCESSES: n, hosts.PROCESS: i}
+        own = {**os.environ, "XLA_FLAGS": flags, **{k: str(v) for k, v in joined.items()}, **env}
+        pipe = subprocess.PIPE
+        found.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=own))
+    return found
+
+
+def ended(children, code=0):
+    """Their outputs, all having left with `code`."""
+    outputs = [child.communicate(timeout=500) for child in children]
+    assert [child.returncode for child in children] == [code] * len(children), outputs
+    return outputs
+
+
+def rows(workdir):
+    """All that was logged, but the speed."""
+    found = read_jsonl(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
+
+
+def same(a, b, exactly):
+    """Bitwise, or losses to 1e-6 and what follows from them (perplexity, norms) to 1e-5."""
+    assert len(a) == len(b) > 16
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            if exactly or isinstance(x[name], str):
+                assert x[name] == y[name]
+            else:
+                rel = 1e-6 if "loss" in name else 1e-5
+                assert x[name] == pytest.approx(y[name], rel=rel), name
+
+
+def test_two_processes_stopped_by_one_signal_are_gone_on_with_by_one(tmp_path):
+    path = experiment(tmp_path, "4, tensor=2", 60, ())
+    folder = tmp_path / "run"
+    both = processes(2, path, folder, 8, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    deadline = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    both[1].send_signal(signal.SIGTERM)  # the one that writes nothing
+    with small.compiled_quickly():
+        api.train(load(path), tmp_path / "whole")
+    outputs = ended(both, 143)
+    assert all("saved; the same command goes on" in err for _, err in outputs), outputs
+    [step] = [row["step"] for row in read_jsonl(folder / "events.jsonl") if row["event"] == "stop"]
+    assert 0 < step < 60 and Checkpoints(folder / "checkpoints").steps()[-1] == step
+    assert outputs[1][0].splitlines() == [] or "Gloo" in outputs[1][0]
+    with small.compiled_quickly():
+        api.train(load(path), folder)
+    same(rows(folder), rows(tmp_path / "whole"), exactly=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [FSDP_TENSOR, CONTEXT])
+def test_one_two_and_four_processes_are_one_run(tmp_path, mesh):
+    path = experiment(tmp_path, mesh)
+    for n in (1, 2, 4):
+        ended(processes(n, path, tmp_path / str(n)))
+    same(rows(tmp_path / "2"), rows(tmp_path / "1"), exactly=True)
+    same(rows(tmp_path / "4"), rows(tmp_path / "1"), exactly=False)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_from_four_processes_to_one_to_two(tmp_path):
+    path = experiment(tmp_path, steps=24)
+    ended(processes(1, path, tmp_path / "whole"))
+    folder = tmp_path / "moved"
+    for n, until in ((4, 8), (1, 16), (2, 24)):
+        children = processes(n, path, folder)
+        while until < 24 and not (folder / "checkpoints" / str(until) / "MANIFEST.json").exists():
+            time.sleep(0.02)
+        if until < 24:
+            children[-1].send_signal(signal.SIGTERM)
+        ended(children, 143 if until < 24 else 0)
+    same(rows(folder), rows(tmp_path / "whole"), exactly=False)
+    at = Checkpoints(folder / "checkpoints").steps()
+    assert {8, 16, 24} <= set(at) and len(at) >= 4  # and where it was stopped
+
+
+LEADS = """
+    import os, sys
+    from jaxlm import hosts
+    from jaxlm.schema import JaxlmError, UserError
+    hosts.join()
+
+    def fails():
+        raise UserError("--workdir: in use " + "é" * 300)
+
+    for do in (lambda: print("done", flush=True), fails):
+        try:
+            hosts.by_lead(do)
+        except UserError as e:
+            print(type(e).__name__, len(str(e)), flush=True)
+    print(hosts.anyone(not hosts.is_lead()), hosts.anyone(False))
+"""
+
+
+@pytest.mark.slow
+def test_what_the_lead_alone_does_fails_for_all(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        at = f"localhost:{s.getsockname()[1]}"
+    env = {hosts.COORDINATOR: at, hosts.PROCESSES: "2"}
+    both = [start(LEADS, env={**env, hosts.PROCESS: str(i)}) for i in range(2)]
+    said = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in ended(both)]
+    assert said[0] == ["done", "UserError 318", "True False"]
+    assert said[1] == ["UserError 318", "True False"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"JAXLM_PROCESSES": "2"}, "JAXLM_COORDINATOR: expected a value"),
+        ({"JAXLM_PROCESS": "2"}, "JAXLM_PROCESS: expected 0 … 1 (JAXLM_PROCESSES=2), got 2"),
+        ({"JAXLM_PROCESSES": "two"}, "JAXLM_PROCESSES: expected a number, got 'two'"),
+        ({"JAXLM_COORDINATOR": "here"}, "JAXLM_COORDINATOR: expected host:port, got 'here'"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_told(environ, expected):
+    whole = {"JAXLM_COORDINATOR": "here:1", "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "1"}
+    given = environ if len(environ) == 1 and "expected a value" in expected else whole | environ
+    with pytest.raises(UserError, match="^" + expected.replace("(", r"\(").replace(")", r"\)")):
+        hosts.join(environ=given)
+    hosts.join(environ={})  # alone
+    assert jax.process_count() == 1 and not hosts.several()
+
+
+def test_processes_that_cannot_be_found_are_told(tmp_path):
+    path = experiment(tmp_path)
+    child = command("train", f"--config={path}", f"--workdir={tmp_path / 'run'}", "--distributed")
+    _, err = child.communicate(timeout=200)
+    assert child.returncode == 2 and err.count("\n") == 1, err
+    assert "--distributed" in err and "JAXLM_COORDINATOR" in err
