@@ -6,16 +6,19 @@ Cosine: every point its own run with its own schedule, in a process of its own, 
 `benchmarks/sweep.py` runs members plainly). jaxlm: WSD branches from one trunk per size, one
 compilation per shape, workers side by side; and, to tell where the saving comes from, the same WSD
 runs without trunks. Fits approach 3 to both grids. `--share` trains that share of every run's
-steps. Writes horizons.json. Run on a quiet machine.
+steps. Writes horizons.json. Run on a quiet machine; stopped (SIGTERM, as `timeout` sends it), the
+same command goes on, and the times of its sittings add up.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +46,42 @@ def grid(share: float, schedule: str) -> Any:
     )
 
 
+@contextlib.contextmanager
+def sitting(path: Path) -> Iterator[None]:
+    """Adds the seconds spent inside to those in the file."""
+    before = json.loads(path.read_text()) if path.exists() else 0.0
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        path.write_text(json.dumps(before + time.perf_counter() - began))
+
+
 def with_jaxlm(sweep: Any, folder: Path, data: Path) -> dict[str, Any]:
     from jaxlm.scaling import sweep as stages
+    from jaxlm.train.workdir import StopFlag
 
+    kept = folder / "result.json"
+    if kept.exists():
+        done: dict[str, Any] = json.loads(kept.read_text())
+        return done
     base = dataclasses.replace(
         sweep.base, data=dataclasses.replace(sweep.base.data, dir=str(data.resolve()))
     )
     sweep = dataclasses.replace(sweep, base=base, keep_checkpoints="all")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder.resolve() / "cache")  # cold
-    began = time.perf_counter()
-    planned = stages.claim(sweep, folder)
-    stages.run_ladder(sweep, folder, planned)
-    seconds = time.perf_counter() - began
+    with sitting(folder / "seconds.json"), StopFlag(grace_s=None) as stop:
+        planned = stages.claim(sweep, folder)
+        stages.run_ladder(sweep, folder, planned, stop=stop)
+    seconds = json.loads((folder / "seconds.json").read_text())
     members, trunks = stages.plan_members(sweep)
     from jaxlm.scaling import trunk
 
     saved = trunk.saved(members, trunks) if trunks else 0.0
-    return {"wall_s": seconds, "steps_saved": saved, "fit": fitted_folder(folder / "runs")}
+    result = {"wall_s": seconds, "steps_saved": saved, "fit": fitted_folder(folder / "runs")}
+    kept.write_text(json.dumps(result))
+    return result
 
 
 def fitted_folder(folder: Path) -> dict[str, Any]:
@@ -97,9 +118,9 @@ def main() -> None:
     asked = parser.parse_args()
     wsd, cosine = grid(asked.share, "wsd"), grid(asked.share, "cosine")
     data = asked.out / "data"
-    asked.out.mkdir(parents=True)
+    asked.out.mkdir(parents=True, exist_ok=True)
     shards.build(wsd.base.data, wsd.base.model.vocab_size, data)
-    (asked.out / "cosine").mkdir()
+    (asked.out / "cosine").mkdir(exist_ok=True)
     result: dict[str, Any] = {"share": asked.share}
     result["branches"] = with_jaxlm(wsd, asked.out / "branches", data)
     result["without_trunks"] = with_jaxlm(

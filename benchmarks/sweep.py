@@ -45,31 +45,33 @@ def with_jaxlm(sweep: Any, folder: Path) -> dict[str, float]:
 
 
 def plainly(sweep: Any, folder: Path, data: Path) -> dict[str, Any]:
-    """Wall time, where it went, and the loss of every member."""
+    """Wall time, where it went, and the loss of every member; members done before are not run."""
     from jaxlm.scaling.ladder import members
 
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
     env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     parts: dict[str, float] = {"start_s": 0.0, "compile_s": 0.0, "steps_s": 0.0, "eval_s": 0.0}
     losses = []
-    began = time.perf_counter()
     for i, member in enumerate(members(sweep)):
-        job = folder / f"{i}.json"
+        job, kept = folder / f"{i}.json", folder / f"{i}.done.json"
         from jaxlm.schema import to_dict
 
         job.write_text(json.dumps(to_dict(member.config)))
-        t0 = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, __file__, "--member", str(job), str(data)],
-            env=env, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        row = json.loads(done.stdout.splitlines()[-1])
-        row["start_s"] = time.perf_counter() - t0 - sum(row[k] for k in row if k.endswith("_s"))
+        if not kept.exists():
+            t0 = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, __file__, "--member", str(job), str(data)],
+                env=env, capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            row = json.loads(done.stdout.splitlines()[-1])
+            row["start_s"] = time.perf_counter() - t0 - sum(row[k] for k in row if k.endswith("_s"))
+            kept.write_text(json.dumps(row))
+            print(f"plain {member.name}: {time.perf_counter() - t0:.1f} s", flush=True)
+        row = json.loads(kept.read_text())
         losses.append(row["loss"])
         for name in parts:
             parts[name] += row[name]
-        print(f"plain {member.name}: {time.perf_counter() - t0:.1f} s", flush=True)
-    return {"wall_s": time.perf_counter() - began, **parts, "losses": losses}
+    return {"wall_s": sum(parts.values()), **parts, "losses": losses}
 
 
 def member(job: Path, data: Path) -> None:
