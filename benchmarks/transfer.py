@@ -19,10 +19,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 250
 CELLS = {"narrow": (32, 2), "deep": (32, 8), "wide": (256, 2), "both": (256, 8)}
-RATES = tuple(2.0**k for k in range(-11, -2))
+RATES = {"adamw": range(-11, -2), "muon": range(-7, 1)}  # log2
 
 
-def sweep_of(parametrization: str, name: str, cells: list[str], rates: tuple[float, ...]) -> Any:
+def sweep_of(parametrization: str, name: str, cells: list[str]) -> Any:
     """Every cell at every rate, each for `STEPS` steps."""
     from jaxlm.config import Rung, Shape
     from jaxlm.experiment import load
@@ -48,7 +48,7 @@ def sweep_of(parametrization: str, name: str, cells: list[str], rates: tuple[flo
         base=dataclasses.replace(sweep.base, model=model, train=train, optimizer=rates_of),
         rungs=tuple(rungs),
         holdout_flops=0.0,
-        vary=(("optimizer.learning_rate", rates),),
+        vary=(("optimizer.learning_rate", tuple(2.0**k for k in RATES[name])),),
     )
 
 
@@ -94,7 +94,7 @@ def main() -> None:
             # One folder per cell, so that more cells can be asked for later.
             found: dict[str, dict[float, float | None]] = {}
             for cell in cells:
-                sweep = sweep_of(parametrization, name, [cell], RATES)
+                sweep = sweep_of(parametrization, name, [cell])
                 found |= losses(sweep, asked.out / f"{name}-{parametrization}-{cell}")
             start = best(found["narrow"])
             for cell in cells:

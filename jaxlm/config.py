@@ -247,6 +247,11 @@ class Sweep:
     vary: tuple[tuple[str, tuple[Any, ...]], ...] = doc(
         (), "(('optimizer.learning_rate', (1e-3, 2e-3)), …): each member once per combination"
     )
+    halve: tuple[float, ...] = doc(
+        (),
+        "of members that differ in `vary` alone, the worse half ends at each of these shares of"
+        " the steps, as (0.25, 0.5); the fit never sees them",
+    )
     branches: bool = doc(
         False, "wsd: runs of one size and seed share their constant-rate part (trunk and branches)"
     )

@@ -15,6 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from jaxlm.report import formats
 from jaxlm.report.artifacts import read_sweep
 from jaxlm.report.plots import plot_fit
@@ -22,7 +23,7 @@ from jaxlm.report.run_report import write_run_report
 from jaxlm.report.sweep_report import sweep_page, write_sweep_report
 from jaxlm.report.sweep_text import noise_floor
 from jaxlm.scaling import laws, runs
-from jaxlm.schema import UserError
+from jaxlm.schema import UserError, to_dict
 
 # ------------------------------------------------- a sweep's folder, as one would find it on disk
 
@@ -117,10 +118,12 @@ def write_sweep(folder: Path) -> Path:
     budget, params = HELD_OUT
     held_out = write_run(folder / "runs" / "held-out", "held-out", "holdout", budget, params, 99)
     members.append({"name": "held-out", "role": "holdout", "budget": budget, "workdir": ""})
-    sweep = {
-        "name": "planted", "estimator": "approach2", "holdout_flops": budget,
-        "base": {"data": {"eval_fraction": 0.05, "eval_sequences": 256}},
-    }  # fmt: skip
+    base = to_dict(Config(
+        model=ModelConfig(parametrization="completep"), data=DataConfig(eval_fraction=0.05),
+        optimizer=OptimizerConfig(name="muon", schedule="wsd", decay_fraction=0.2),
+    ))  # fmt: skip
+    sweep = {"name": "planted", "estimator": "approach2", "holdout_flops": budget, "base": base,
+             "halve": [0.25]}  # fmt: skip
     write_json(folder / "sweep.json", "sweep", sweep=sweep, members=members)
     fit = fit_of(folder)
     write_json(folder / "fit.json", "fit", **{k: v for k, v in fit.items() if k != "format"})
@@ -335,6 +338,17 @@ def test_page_is_one_file_that_asks_for_nothing(page: Page, finished: Path) -> N
     policy = [a["content"] for t, a in page.elements if a.get("http-equiv")]
     assert policy and "default-src 'none'" in policy[0] and "script-src" not in policy[0]
     assert "@import" not in page.source and "url(" not in page.source.split("</style>")[0]
+
+
+def test_the_methods_are_those_of_this_sweep(page: Page) -> None:
+    for said in ("muon, peak learning rate 0.003, CompleteP parametrisation from width",
+                 "schedule wsd with 5 % of the steps for warm-up, falling over the last 20 %",
+                 "the worse half by training loss ended at 25 %",
+                 "yang2022tensor", "dey2025completep", "jordan2024muon", "hu2024minicpm",
+                 "jamieson2016non"):  # fmt: skip
+        assert said in page.text, said
+    for other in ("loshchilov2017decoupled", "hagele2024scaling"):
+        assert other not in page.text
 
 
 def test_every_point_names_its_run_and_leads_to_its_row(page: Page, finished: Path) -> None:

@@ -218,6 +218,8 @@ def sweep_share(
         raise UserError(f"--index: expected i/n with 0 ≤ i < n, got {i}/{n}")
     if sweep.branches:
         raise UserError("--index: expected config.branches=False: its runs wait for their trunks")
+    if sweep.halve:
+        raise UserError("--index: expected no config.halve: its runs wait for each other")
     if Mirror(workdir).remote:
         raise UserError(f"--workdir: expected a folder that all shares see, got {workdir}")
     with contextlib.ExitStack() as held:

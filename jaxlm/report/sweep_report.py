@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 
 from jaxlm.files import write_bytes
+from jaxlm.report import references
 from jaxlm.report import sweep_text as words
 from jaxlm.report.artifacts import Run, SweepFolder, dicts, number, part, read_sweep
 from jaxlm.report.figure import Plot, save_png
@@ -66,7 +67,7 @@ def sweep_page(sweep: SweepFolder, plots: dict[str, Plot | None]) -> str:
         section(
             "Methods",
             *(h("p", text) for text in words.methods(sweep)),
-            raw("BibTeX", words.BIBTEX),
+            raw("BibTeX", references.used(part(sweep.sweep.get("sweep")))),
             id="methods",
         ),
         footer(),

@@ -1,4 +1,4 @@
-"""What the sweep's page says in words: headline, warnings, what is missing, methods, references."""
+"""What the sweep's page says in words: headline, warnings, what is missing, methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from jaxlm.report.artifacts import Json, SweepFolder, dicts, number, numbers, part
 from jaxlm.report.fitted import approaches
-from jaxlm.report.formats import count, fixed, percent, power, seconds
+from jaxlm.report.formats import count, fixed, general, percent, power, seconds
 
 PLOTS = "Point at a mark to read its run; follow it to the run's row in the table."
 
@@ -210,6 +210,13 @@ def methods(sweep: SweepFolder) -> list[str]:
         "6ND of some other N. Losses are in nats per token, on held-out documents, at the end of "
         "the run; bits per byte divide by the bytes of the text.",
     ]
+    text += recipe(base)
+    if halved := part(sweep.sweep.get("sweep")).get("halve"):
+        text.append(
+            "Of members that differ only in what is varied, the worse half by training loss ended "
+            f"at {', '.join(percent(share, 0) or '' for share in halved)} of the steps (successive "
+            "halving); no fit reads those."
+        )
     if part(sweep.sweep.get("sweep")).get("branches"):
         text.append(
             "Runs of one size and seed share their constant-rate part: each is a cool-down branch "
@@ -245,27 +252,23 @@ def methods(sweep: SweepFolder) -> list[str]:
     return text
 
 
-BIBTEX = """\
-@article{kaplan2020scaling,
-  title   = {Scaling Laws for Neural Language Models},
-  author  = {Kaplan, Jared and McCandlish, Sam and Henighan, Tom and Brown, Tom B. and
-             Chess, Benjamin and Child, Rewon and Gray, Scott and Radford, Alec and
-             Wu, Jeffrey and Amodei, Dario},
-  journal = {arXiv preprint arXiv:2001.08361},
-  year    = {2020}
-}
-
-@article{hoffmann2022training,
-  title   = {Training Compute-Optimal Large Language Models},
-  author  = {Hoffmann, Jordan and Borgeaud, Sebastian and Mensch, Arthur and others},
-  journal = {arXiv preprint arXiv:2203.15556},
-  year    = {2022}
-}
-
-@article{besiroglu2024chinchilla,
-  title   = {Chinchilla Scaling: A replication attempt},
-  author  = {Besiroglu, Tamay and Erdil, Ege and Barnett, Matthew and You, Josh},
-  journal = {arXiv preprint arXiv:2404.10102},
-  year    = {2024}
-}
-"""
+def recipe(base: Json) -> list[str]:
+    """How every run is trained, where the sweep varies nothing of it."""
+    m, o, t, d = (part(base.get(k)) for k in ("model", "optimizer", "train", "data"))
+    if not (m and o and t):
+        return []
+    kind = str(m.get("parametrization") or "standard")
+    names = {"mup": "muP", "completep": "CompleteP"}
+    at = f" from width {m.get('base_d_model')}" if kind in names else ""
+    at += f" and depth {m.get('base_n_layers')}" if kind == "completep" else ""
+    warm, decay = (percent(number(o.get(f"{k}_fraction")), 0) for k in ("warmup", "decay"))
+    falls = f", falling over the last {decay}" if o.get("schedule") == "wsd" else ""
+    return [
+        f"Every run, unless the table says otherwise: {o.get('name')}, peak learning rate "
+        f"{general(number(o.get('learning_rate')), 3)}, {names.get(kind, kind)} "
+        f"parametrisation{at}; schedule {o.get('schedule')} with {warm} of the steps for warm-up"
+        f"{falls}; weight decay {general(number(o.get('weight_decay')), 3)} on matrices, gradients "
+        f"clipped at {general(number(o.get('grad_clip')), 3)}; batches of "
+        f"{t.get('global_batch_size')} sequences of {m.get('seq_len')} tokens "
+        f"({d.get('tokenizer', 'bytes')}, vocabulary {count(number(m.get('vocab_size')))})."
+    ]

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxlm.config import Config, Sweep
 from jaxlm.model.scale import size
+from jaxlm.scaling import halving
 from jaxlm.scaling.ladder import Member, candidates, members
 from jaxlm.scaling.runs import FEW_STEPS
 from jaxlm.schema import UserError
@@ -60,6 +61,7 @@ def lint(sweep: Sweep, train_tokens: int | None = None) -> Found:
     `data.max_epochs` of them is refused.
     """
     planned, held_out = members(sweep), candidates(sweep)
+    halving.check(sweep)
     for member in planned:
         check_names(member.config)
     # Which candidate runs is decided by the prediction, so the data must do for each; they cost

@@ -29,7 +29,7 @@ from jaxlm.data import shards
 from jaxlm.experiment import fingerprint
 from jaxlm.files import plain, read_json, read_jsonl, write_json
 from jaxlm.model.scale import size as model_size
-from jaxlm.scaling import foresight, laws, reuse, runs, trunk
+from jaxlm.scaling import foresight, halving, laws, reuse, runs, trunk
 from jaxlm.scaling.ladder import Member, holdout, members
 from jaxlm.scaling.lint import Found, after, lint
 from jaxlm.scaling.workers import run_members
@@ -124,6 +124,9 @@ def run_ladder(sweep: Sweep, folder: Path, planned: Sequence[Member], **how: Any
     if sweep.reuse:
         reuse.copy(sweep.reuse, folder, planned, shards.read_manifest(there).fingerprint)
     trunk.grow(sweep, folder, plan_members(sweep)[1], there, **how)
+    if sweep.halve:
+        saw = shards.read_manifest(there).fingerprint
+        halving.thin(sweep, folder, planned, saw, **how)
     run_members(sweep, folder, planned, **how)
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxlm import job
 from jaxlm.config import Config
 from jaxlm.files import read_json
 from jaxlm.schema import JaxlmError, UserError, from_dict
+from jaxlm.train.loop import Stopped
 from jaxlm.train.workdir import StopFlag, lock
 
 
@@ -81,6 +83,18 @@ def _wait_for(run: Path, stop: Any) -> None:
             time.sleep(0.1)
 
 
+@dataclass
+class _Until:
+    """True once `stop` is, or the run has come to a step."""
+
+    stop: Any
+    step: int
+    done: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.stop) or self.done >= self.step
+
+
 def _run(folder: Path, names: Sequence[str], stop: Any, send: Any) -> None:
     sweep = read_json(folder / "sweep.json", "sweep")
     rows = {m["name"]: m for m in sweep["members"]}
@@ -92,15 +106,24 @@ def _run(folder: Path, names: Sequence[str], stop: Any, send: Any) -> None:
         for n in names
     ]  # fmt: skip
 
+    ends = folder / "until.json"
+    steps = read_json(ends, "until")["steps"] if ends.exists() else {}
+    leave = _Until(stop, min((steps[n] for n in names if n in steps), default=sys.maxsize))
+
     def progress(run: Any, row: dict[str, Any]) -> None:
+        leave.done = max(leave.done, row["step"])
         if "train/loss" in row:
             send(kind="row", name=run.config.name, flops=row["flops"], loss=row["train/loss"])
 
     for task in tasks:
         _wait_for(task.folder, stop)
     data_dir = sweep["sweep"]["base"]["data"]["dir"] or folder / "data"
-    for record in job.train(tasks, Path(data_dir), stop, progress):
-        send(kind="finished", name=record.name)
+    try:
+        for record in job.train(tasks, Path(data_dir), leave, progress):
+            send(kind="finished", name=record.name)
+    except Stopped:
+        if stop:
+            raise
 
 
 if __name__ == "__main__":

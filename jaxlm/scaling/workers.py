@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,20 @@ def run_members(
     planned: Sequence[Member],
     stop: Any = False,
     progress: Progress = lambda board: None,
+    until: Mapping[str, int] | None = None,
 ) -> None:
-    """Trains every member that has no record yet, each into runs/NAME.
+    """Trains every member that has no record yet, each into runs/NAME. `until`: the step at which
+    each is left, saved, instead of at its end.
 
     Raises JaxlmError naming the members that failed (twice), and Stopped-like JaxlmError when
     `stop` became true: workers have then saved and left.
     """
-    left = [m for m in planned if not _is_done(folder, m)]
+
+    def is_done(m: Member) -> bool:
+        there = max(_saved(folder, m), default=0) if until else 0
+        return _is_done(folder, m) or (until is not None and there >= until[m.name])
+
+    left = [m for m in planned if not is_done(m)]
     board = Board(sum(flops(m) for m in planned))
     for member in planned:
         if member not in left:
@@ -77,9 +84,13 @@ def run_members(
     progress(board)
     if not left:
         return
+    if until is not None:
+        write_json(folder / "until.json", {"format": "jaxlm.until/1", "steps": dict(until)})
+    else:
+        (folder / "until.json").unlink(missing_ok=True)
     groups = sorted(_groups(sweep, left), key=lambda g: -sum(flops(m) for m in g))
     _pool(sweep)(sweep, folder, groups, board, progress).run(stop)
-    lost = [m.name for m in left if not _is_done(folder, m)]
+    lost = [m.name for m in left if not is_done(m)]
     if lost:
         raise JaxlmError(f"{folder}: {len(lost)} members have no record, first {lost[0]}")
 
@@ -112,6 +123,12 @@ def _pool(sweep: Sweep) -> Any:
 def _is_done(folder: Path, member: Member) -> bool:
     row = record.read(folder / "runs" / member.name)
     return row is not None and row.fingerprint == fingerprint(member.config)
+
+
+def _saved(folder: Path, member: Member) -> list[int]:
+    """Steps of which the member has checkpoints."""
+    places = (folder / "runs" / member.name / "checkpoints").glob("[0-9]*")
+    return [int(p.name) for p in places if p.name.isdigit()]
 
 
 def n_workers(sweep: Sweep, groups: int) -> int:

@@ -13,6 +13,7 @@ from jaxlm.model.scale import size
 from jaxlm.schema import from_dict
 
 FORMAT = "jaxlm.record/1"
+Status = Literal["finished", "diverged", "halved"]  # halved: ended early among its like
 Role = Literal["fit", "replicate", "holdout", "single", "trunk"]
 
 
@@ -23,7 +24,7 @@ class RunRecord:
     name: str
     fingerprint: str
     role: Role
-    status: Literal["finished", "diverged"]
+    status: Status
     budget: float  # FLOPs asked for; `flops` is what whole steps made of it
     seed: int
     d_model: int
@@ -50,7 +51,7 @@ class RunRecord:
 def make(
     config: Config,
     fingerprint: str,
-    status: Literal["finished", "diverged"],
+    status: Status,
     data_fingerprint: str,
     role: Role = "single",
     budget: float = 0.0,
