@@ -26,15 +26,19 @@ SMALL = {
     "vocab_size": 32, "seq_len": 32, "dropout": 0.0,
 }  # fmt: skip
 KINDS = {
-    # Soft caps, norms on both sides, rotary positions; every other layer sees a window.
-    "decoder": (preset("gemma2-2b"), {"sliding_window": 8}, {}),
+    # Soft caps, norms on both sides, rotary positions; every other layer sees a window. With the
+    # preset's norm_eps rounding is 1.1e-5 of a gradient already between two ways to compile.
+    "decoder": (preset("gemma2-2b"), {"sliding_window": 8, "norm_eps": 1e-3}, {}),
     # Relative positions, cross-attention.
     "encoder_decoder": (
         preset("t5-small"), {"n_encoder_layers": 8, "target_len": 16},
         {"objective": "span_corruption"},
     ),
-    "moe": (preset("qwen3-30b-a3b"), {"moe": MoE(n_experts=8, d_expert=8)}, {}),
+    "moe": (preset("qwen3-30b-a3b"), {"seq_len": 16, "moe": MoE(n_experts=8, d_expert=8)}, {}),
 }  # fmt: skip
+# Of the noise on the parameters. In the 20 steps of one device no token of "moe" is nearer than
+# 1.4e-5 to another expert; with 0 it is 3e-7 at seq_len 32, and rounding sends it there.
+SEEDS = {"decoder": 0, "encoder_decoder": 0, "moe": 27}
 SINGLE = [{axis: 8} for axis in ("data", "fsdp", "tensor", "context", "expert", "stage")]
 PRODUCTS = [
     {"data": 2, "fsdp": 2, "tensor": 2},
@@ -65,7 +69,7 @@ def config_of(kind, model=(), **axes):
 @functools.cache
 def params_of(kind, model=()):
     """As they are at first, and a little of everything, so that gains and biases count too."""
-    config, draw = config_of(kind, model), np.random.default_rng(0)
+    config, draw = config_of(kind, model), np.random.default_rng(SEEDS[kind])
     with small.on_mesh(config):
         found = jax.device_get(transformer.init(config.model, jax.random.key(0)))
     return jax.tree.map(lambda x: x + 0.02 * draw.normal(size=x.shape).astype(x.dtype), found)

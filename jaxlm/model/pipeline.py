@@ -57,7 +57,9 @@ def run(
 
     in_specs, out_specs = (P(), P(), P(STAGE)), (P(), P(None, STAGE))
     y_mbtd, sums = _over_stages(of_stage, in_specs, out_specs)(shared, split, by_layer)
-    return _joined(y_mbtd), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums)
+    # Of a repeat each stage has some layers: in the order of all, no stage's lie together.
+    sums = jax.tree.map(lambda x: jax.reshard(x, P()).reshape(-1, *x.shape[2:]), sums)
+    return _joined(y_mbtd), sums
 
 
 def by_stage(f: Callable[..., Any], layers: Any, x: jax.Array) -> Any:
