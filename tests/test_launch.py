@@ -11,11 +11,11 @@ import pytest
 
 from jaxlm import launch, main
 from jaxlm.launch import gke
-from jaxlm.launch.job import Gke, Job, Local, Ray, Slurm, TpuVm, valid
+from jaxlm.launch.job import Gke, Job, Local, Ray, Slurm, TpuVm, processes, valid
 from jaxlm.schema import JaxlmError, UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "launch"
-TRAIN = ("train", "--config=experiments/gpt3_175b.py", "--workdir=gs://bucket/it's here")
+TRAIN = ("train", "--config=experiments/gpt3_175b.py", "--workdir=/mnt/it's here")
 SWEEP = ("sweep", "--config=experiments/quickstart.py", "--workdir=/shared/quickstart")
 JOBS = {
     "tpu_vm": Job("gpt3", TRAIN, ("pip install 'jaxlm[tpu]'", "df -h"),
@@ -122,30 +122,18 @@ def test_a_local_job_runs_and_a_failing_command_is_told(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     "where, hosts",
     [
-        ("Gke('i', 'v5e:2x2')", 1),
-        ("TpuVm('p', 'z', 'v5e:4x4', 2)", 8),
-        ("Gke('i', 'v5p:2x2x2')", 2),
-        ("Slurm(nodes=3)", 3),
-        ("Ray()", 1),
+        (Gke("i", "v5e:2x2"), 1),
+        (TpuVm("p", "z", "v5e:2x2"), 1),
+        (TpuVm("p", "z", "v5e:4x4", 2), 8),
+        (Gke("i", "v5p:2x2x2"), 2),
+        (Slurm(nodes=3), 3),
+        (Ray(), 1),
     ],
 )
-def test_hosts_that_are_not_joined_yet_are_refused_before_anything_is_run(
-    tmp_path, fakes, capfd, where, hosts
-):
-    file = tmp_path / "job.py"
-    file.write_text(
-        "from jaxlm.launch import *\n"
-        f"def get_job():\n    return Job('far', ('train', '--workdir=a'), (), {where})\n"
-    )
-    (tmp_path / "log").touch()
-    if hosts == 1:
-        assert main.run(["launch", "start", f"--config={file}"]) == 0 and fakes()
-        return
-    with pytest.raises(UserError, match=f"{hosts} hosts"):
-        main.run(["launch", "start", f"--config={file}"])
-    assert not fakes()
-    assert main.run(["launch", "start", f"--config={file}", "--dry-run"]) == 0
-    assert "jaxlm train" in capfd.readouterr().out
+def test_processes_on_several_hosts_are_told_to_find_each_other(where, hosts):
+    job = valid(Job("far", TRAIN, (), where))
+    assert processes(job) == hosts
+    assert ("--distributed" in launch.shown(launch.commands(job, "start"))) == (hosts > 1)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +146,11 @@ def test_hosts_that_are_not_joined_yet_are_refused_before_anything_is_run(
         (Job("a", TRAIN, (), TpuVm("p", "z", "tpu7x:4x4x4")), "GKE only"),
         (Job("a", TRAIN, (), Gke("i", "h100:8")), "expected TPUs"),
         (Job("a", TRAIN, (), Slurm(array=2)), "config.where.array"),
+        (Job("a", SWEEP, (), Slurm(nodes=2)), "config.command: expected 'train' on 2 hosts"),
+        (
+            Job("a", ("train", "--workdir=gs://b/a"), (), TpuVm("p", "z", "v5e:4x4")),
+            "--workdir=gs://b/a: 4 hosts need a folder that all of them see",
+        ),
     ],
 )
 def test_mistakes_are_one_line(job, message):

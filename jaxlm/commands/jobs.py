@@ -30,8 +30,6 @@ def _launch(values: Flags, overrides: list[tuple[str, str]]) -> int:
     job = launch.load(values["config"], overrides)
     steps = launch.commands(job, action)
     if not values["dry-run"]:
-        if action == "start":
-            launch.check_start(job)
         launch.run(steps, show.Lines(to_stderr=True).say)
     elif values["json"]:
         print(json.dumps([show.plain(step) for step in steps]))

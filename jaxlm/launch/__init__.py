@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxlm.launch import gke, local, ray, slurm, tpu_vm
-from jaxlm.launch.job import Gke, Job, Local, Ray, Slurm, TpuVm, check_start, load
+from jaxlm.launch.job import Gke, Job, Local, Ray, Slurm, TpuVm, load
 from jaxlm.launch.steps import Do, run, shown
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Ray",
     "Slurm",
     "TpuVm",
-    "check_start",
     "commands",
     "load",
     "run",

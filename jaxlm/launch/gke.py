@@ -11,7 +11,7 @@ import json
 import shlex
 from typing import Any
 
-from jaxlm.launch.job import Gke, Job, asked, hosted
+from jaxlm.launch.job import Gke, Job, asked, hosted, words
 from jaxlm.launch.steps import Do
 
 FINAL = [1, 2]  # exit codes after which the same command would only end so again
@@ -53,7 +53,7 @@ def manifest(job: Job, at: Gke) -> dict[str, Any]:
     per_slice = where.chips // where.slices
     per_host = hosted(where)
     hosts = per_slice // per_host
-    command = " && ".join([*job.setup, "exec " + shlex.join(("jaxlm", *job.command))])
+    command = " && ".join([*job.setup, "exec " + shlex.join(words(job))])
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 60,  # SIGTERM saves within 10 s

@@ -113,9 +113,32 @@ def valid(job: Job) -> Job:
             raise UserError("config.where.topology: TPU7x is to be had by GKE only; use Gke")
         if not asked.chip.is_tpu:
             raise UserError(f"config.where.topology: expected TPUs, got {job.where.topology!r}")
+    _check_joined(job)
     if isinstance(job.where, Slurm) and job.where.array and job.command[0] != "sweep":
         raise UserError(f"config.where.array: expected 0 with 'jaxlm {job.command[0]}'")
     return job
+
+
+def _check_joined(job: Job) -> None:
+    """Raises UserError for what several processes cannot do as one run."""
+    n = processes(job)
+    if n > 1 and job.command[0] != "train":
+        raise UserError(
+            f"config.command: expected 'train' on {n} hosts, which run it together, got"
+            f" {job.command[0]!r}; a sweep spreads over a Slurm array or a Ray cluster"
+        )
+    remote = [word for word in job.command if re.match(r"--workdir=(?!file:)\w+://", word)]
+    if n > 1 and remote:
+        raise UserError(
+            f"config.command: {remote[0]}: {n} hosts need a folder that all of them see; mount the"
+            " bucket in config.setup (gcsfuse), or use a network file system"
+        )
+
+
+def words(job: Job) -> tuple[str, ...]:
+    """The command that each process runs."""
+    together = ("--distributed",) if processes(job) > 1 else ()
+    return ("jaxlm", *job.command, *together)
 
 
 def asked(where: TpuVm | Gke) -> Topology:
@@ -135,13 +158,3 @@ def processes(job: Job) -> int:
 def hosted(where: Topology) -> int:
     """Chips of one host."""
     return min(where.chip.chips_per_host, where.chips // where.slices)
-
-
-def check_start(job: Job) -> None:
-    """Raises UserError for a run of several processes, which jaxlm does not join yet."""
-    n = processes(job)
-    if n > 1:
-        raise UserError(
-            f"config.where: {n} hosts, each with a process of its own; jaxlm does not yet join them"
-            " into one run. Expected chips of one host; --dry-run shows what would be run"
-        )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 
-from jaxlm.launch.job import Job, Slurm
+from jaxlm.launch.job import Job, Slurm, processes, words
 from jaxlm.launch.steps import Do
 
 
 def start(job: Job, at: Slurm) -> list[Do]:
-    command = shlex.join(("jaxlm", *job.command))
+    command = shlex.join(words(job))
     if not at.array:
-        return [_sbatch(job, at, f"srun --kill-on-bad-exit=1 {command}", f"--nodes={at.nodes}",
-                        "--ntasks-per-node=1", "--requeue")]  # fmt: skip
+        run = f"srun --kill-on-bad-exit=1 {command}"
+        if processes(job) > 1 and at.gpus_per_node:  # jax would take one for each process
+            run = f"export JAX_LOCAL_DEVICE_IDS={_numbers(at.gpus_per_node)}\n{run}"
+        return [_sbatch(job, at, run, f"--nodes={at.nodes}", "--ntasks-per-node=1", "--requeue")]
     share = f"{command} --index=$SLURM_ARRAY_TASK_ID/{at.array}"
     after = "--dependency=afterok:{%s}"
     return [
@@ -34,6 +36,10 @@ def status(job: Job, at: Slurm) -> list[Do]:
 def stop(job: Job, at: Slurm) -> list[Do]:
     """Slurm sends SIGTERM, and SIGKILL half a minute later."""
     return [Do(("scancel", f"--name={job.name}"))]
+
+
+def _numbers(n: int) -> str:
+    return ",".join(map(str, range(n)))
 
 
 def _sbatch(job: Job, at: Slurm, command: str, *more: str, keep: str = "") -> Do:

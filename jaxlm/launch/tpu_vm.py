@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from jaxlm.launch.job import Job, TpuVm, asked
+from jaxlm.launch.job import Job, TpuVm, asked, words
 from jaxlm.launch.steps import Do
 
 # cloud.google.com/tpu/docs/runtimes
@@ -43,7 +43,7 @@ def start(job: Job, at: TpuVm) -> list[Do]:
             )))  # fmt: skip
         if job.setup:
             steps.append(_ssh(node, at, "all", " && ".join(job.setup)))
-    command = shlex.join(("jaxlm", *job.command))
+    command = shlex.join(words(job))
     here = f"cd ~/{job.name} || exit; " if at.upload else ""
     log, pid = f"~/{job.name}.log", f"~/{job.name}.pid"
     background = f"{here}nohup {command} > {log} 2>&1 < /dev/null & echo $! > {pid}"

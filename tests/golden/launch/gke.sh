@@ -65,7 +65,7 @@ kubectl apply -f - <<'END'
           "command": [
            "bash",
            "-c",
-           "ulimit -n 65536 && exec jaxlm train --config=experiments/gpt3_175b.py '--workdir=gs://bucket/it'\"'\"'s here'"
+           "ulimit -n 65536 && exec jaxlm train --config=experiments/gpt3_175b.py '--workdir=/mnt/it'\"'\"'s here' --distributed"
           ],
           "resources": {
            "limits": {

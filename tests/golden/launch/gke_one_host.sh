@@ -62,7 +62,7 @@ kubectl apply -f - <<'END'
           "command": [
            "bash",
            "-c",
-           "exec jaxlm train --config=experiments/gpt3_175b.py '--workdir=gs://bucket/it'\"'\"'s here'"
+           "exec jaxlm train --config=experiments/gpt3_175b.py '--workdir=/mnt/it'\"'\"'s here'"
           ],
           "resources": {
            "limits": {
