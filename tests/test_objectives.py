@@ -1,15 +1,18 @@
 """What the objectives ask for: properties of each, on any mesh, and that they can be learned."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 
 from jaxlm import mesh
 from jaxlm.config import Corruption
-from jaxlm.data import tokenizer
+from jaxlm.data import examples, tokenizer
 from jaxlm.data.windows import WordBatch
 from jaxlm.data.words import word_starts
+from jaxlm.model import transformer
+from jaxlm.model.transformer import Source
 from jaxlm.train import losses
 from jaxlm.train.objectives import START, corrupted, noise_mask
 
@@ -208,3 +211,40 @@ def test_dropout_drops_in_training_alone():
         plain = small.config({"n_layers": 1})
         kept = float(losses.next_token(plain, params, batch, jax.random.key(0))[0])
     assert first == same and len({first, other, kept}) == 3
+
+
+def test_pairs_in_one_row_are_said_as_if_each_were_alone():
+    """Packed, and against the logits of each target after START and its own source."""
+    c = small.config(
+        {"architecture": "encoder_decoder", "n_layers": 1, "seq_len": 12, "target_len": 10},
+        {"objective": "pairs"},
+    )
+    rng = np.random.default_rng(0)
+    both = [[rng.integers(0, 16, rng.integers(1, 5)).astype(np.int32) for _ in range(7)]
+            for _ in range(2)]  # fmt: skip
+    some = examples.of_pairs(*both, 12, 10)
+    assert len(some) < 5 and sorted(i for row in some.rows for i in row) == list(range(7))
+    with small.on_mesh(c):
+        params = small.sharded(c, small.params(c))
+        batch = mesh.put_batch(some.windows(np.arange(len(some))), jax.sharding.get_mesh())
+
+        def loss(p):
+            seen = corrupted(c, batch, jax.random.key(0))
+            return losses.cross_entropy(c, p, seen, jax.random.key(0))[0]
+
+        got, want = float(jax.jit(loss)(params)), 0.0
+
+        @jax.jit
+        def said(p, tokens, read, n):
+            at = jnp.arange(12)[None]
+            source = Source(read, at, (at < n).astype(jnp.int32))
+            return transformer.apply(c.model, p, tokens, source=source)
+
+        for source, target in zip(*both, strict=True):
+            tokens, read = np.zeros((1, 10), np.int32), np.zeros((1, 12), np.int32)
+            tokens[0, : len(target)] = [START, *target[:-1]]
+            read[0, : len(source)] = source
+            logits = np.asarray(said(params, tokens, read, len(source))[0], np.float64)
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            want -= log_p[np.arange(len(target)), target].sum()
+    assert got == pytest.approx(want, rel=1e-5)

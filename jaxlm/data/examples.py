@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.rows import Row, field, rows
-from jaxlm.data.windows import Batch, TaughtBatch, best_fit
+from jaxlm.data.windows import Batch, PairBatch, TaughtBatch, best_fit
 from jaxlm.files import first_line
 from jaxlm.pyfile import is_reference, resolve
 from jaxlm.schema import JaxlmError, UserError
@@ -29,7 +29,8 @@ class Labelled:
     """One example: its input, and what is to be said of it."""
 
     input: str
-    target: Any  # a class's name, a number, a text; several texts; a conversation's messages
+    target: Any  # a class's name, a number, a text; several texts; a conversation's messages; each
+    # word of the input with its class, as a tuple of pairs
 
 
 def read(sources: Sequence[str], input_field: str, targets: Sequence[str]) -> list[Labelled]:
@@ -42,6 +43,9 @@ def read(sources: Sequence[str], input_field: str, targets: Sequence[str]) -> li
             continue
         text = field(row, input_field, i, WHERE)
         said = [field(row, name, i, WHERE) for name in targets]
+        if isinstance(text, list):
+            found.append(_tagged(text, said[0] if said else None, i))
+            continue
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{WHERE}: record {i} has an empty {input_field!r}")
         for name, target in zip(targets, said, strict=True):
@@ -79,6 +83,14 @@ def _conversation(messages: Any, i: int) -> Labelled:
     return Labelled("\n".join(turns["other"]), messages)
 
 
+def _tagged(words: Any, tags: Any, i: int) -> Labelled:
+    """Words and a class of each."""
+    known = isinstance(tags, list) and len(tags) == len(words) > 0
+    if not known or not all(isinstance(x, str) and x.strip() for x in (*words, *tags)):
+        raise UserError(f"{WHERE}: record {i} needs as many classes as words, and none empty")
+    return Labelled(" ".join(words), tuple(zip(words, tags, strict=True)))
+
+
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether an example of this input is for evaluation: by the first 8 bytes of its sha256."""
     return int.from_bytes(_digest(text)[:8], "big") < fraction * 2**64
@@ -114,17 +126,22 @@ def fingerprint(examples: Sequence[Labelled], beside: Sequence[np.ndarray] = ())
 def classes(training: Sequence[Labelled], held_out: Sequence[Labelled]) -> tuple[str, ...]:
     """The classes' names, sorted. Raises UserError for fewer than two, too many, and for one that
     occurs in held-out examples alone."""
-    counts = Counter(str(e.target) for e in training)
+    counts = Counter(name for e in training for name in _names(e))
     if not 2 <= len(counts) <= MAX_CLASSES:
         raise UserError(
             f"{WHERE}: expected 2 to {MAX_CLASSES} classes, got {len(counts)}:"
             f" {', '.join(sorted(counts)[:5])}"
         )
-    for example in held_out:
-        if str(example.target) not in counts:
-            name = str(example.target)
+    for name in (name for example in held_out for name in _names(example)):
+        if name not in counts:
             raise UserError(f"{WHERE}: the class {name!r} is in held-out examples alone")
     return tuple(sorted(counts))
+
+
+def _names(example: Labelled) -> list[str]:
+    """The classes of an example: its own, or of each word."""
+    tagged = isinstance(example.target, tuple)
+    return [tag for _, tag in example.target] if tagged else [str(example.target)]
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -142,6 +159,7 @@ class Examples:
     rows: Sequence[Sequence[int]]  # which examples stand in a row
     targets_type: Any = np.int32
     beside: list[np.ndarray] | None = None  # float32 [t, k], as in TaughtBatch
+    two_stacks: bool = False  # what is read and what is said stand in rows of their own
     sources: tuple[str, ...] = ("examples",)
 
     def __len__(self) -> int:
@@ -151,22 +169,26 @@ class Examples:
     def windows_of(self) -> dict[int, range]:
         return {0: range(len(self))}
 
-    def windows(self, numbers: np.ndarray) -> Batch | TaughtBatch:
+    def windows(self, numbers: np.ndarray) -> Batch | TaughtBatch | PairBatch:
         """The rows of these numbers (int, any shape), as [*shape, t]; a segment is an example."""
         flat = np.asarray(numbers, np.int64).reshape(-1)
         tokens, segments, positions = np.zeros((3, len(flat), self.seq_len), np.int32)
         targets = np.zeros((len(flat), self.target_len), self.targets_type)
-        weights = np.zeros(targets.shape, np.float32)
+        weights, said_of = np.zeros(targets.shape, np.float32), np.zeros(targets.shape, np.int32)
         for row, number in enumerate(flat.tolist()):
-            at = 0
+            at = to = 0
             for segment, i in enumerate(self.rows[number], 1):
                 n, t = len(self.ids[i]), len(self.said[i])
                 tokens[row, at : at + n], segments[row, at : at + n] = self.ids[i], segment
                 positions[row, at : at + n] = np.arange(n)
-                targets[row, at : at + t], weights[row, at : at + t] = self.said[i], self.weights[i]
-                at += n
-        leaves = tokens, targets, weights, segments, positions
-        batch = Batch(*(x.reshape(*np.shape(numbers), x.shape[-1]) for x in leaves))
+                targets[row, to : to + t], weights[row, to : to + t] = self.said[i], self.weights[i]
+                said_of[row, to : to + t] = segment
+                at, to = at + n, to + t
+        leaves = tokens, targets, weights, segments, positions, said_of
+        shaped = [x.reshape(*np.shape(numbers), x.shape[-1]) for x in leaves]
+        if self.two_stacks:
+            return PairBatch(*shaped)
+        batch = Batch(*shaped[:5])
         return batch if self.beside is None else TaughtBatch(*batch, self._beside(numbers))
 
     def _beside(self, numbers: np.ndarray) -> np.ndarray:
@@ -186,6 +208,15 @@ def alone(n: int) -> list[tuple[int]]:
     return [(i,) for i in range(n)]
 
 
+def packed(sizes: np.ndarray, capacity: int) -> list[list[int]]:
+    """Rows of examples of these sizes, none longer than `capacity` (`windows.best_fit`)."""
+    bins = best_fit(sizes, capacity)
+    rows: list[list[int]] = [[] for _ in range(int(bins.max()) + 1)]
+    for i, where in enumerate(bins.tolist()):
+        rows[where].append(i)
+    return rows
+
+
 def of_classes(
     ids: list[np.ndarray], examples: Sequence[Labelled], names: Sequence[str], seq_len: int
 ) -> Examples:
@@ -194,6 +225,27 @@ def of_classes(
     said = [np.array([number[str(e.target)]], np.int32) for e in examples]
     one = np.ones(1, np.float32)
     return Examples(ids, said, [one] * len(ids), seq_len, seq_len, alone(len(ids)))
+
+
+def of_tags(
+    ids: list[list[np.ndarray]], examples: Sequence[Labelled], names: Sequence[str], seq_len: int
+) -> Examples:
+    """The class of each word stands at its first token. `ids` has each text's tokens by word, with
+    what stands before the first of them and after the last; a word without tokens says nothing."""
+    number = {name: i for i, name in enumerate(names)}
+    whole, said, weights = [], [], []
+    for pieces, example in zip(ids, examples, strict=True):
+        row, target = np.concatenate(pieces), np.zeros(sum(map(len, pieces)), np.int32)
+        weight, at = np.zeros(len(target), np.float32), len(pieces[0])
+        for piece, tag in zip(pieces[1:-1], _names(example), strict=True):
+            if len(piece):
+                target[at], weight[at] = number[tag], 1.0
+            at += len(piece)
+        whole.append(row[:seq_len].astype(np.int32))
+        said.append(target[:seq_len])
+        weights.append(weight[:seq_len])
+    rows = packed(np.array([len(row) for row in whole]), seq_len)
+    return Examples(whole, said, weights, seq_len, seq_len, rows)
 
 
 def of_numbers(ids: list[np.ndarray], examples: Sequence[Labelled], seq_len: int) -> Examples:
@@ -220,20 +272,23 @@ def of_answers(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int) -> 
     cut = [(ids[: seq_len + 1], says[: seq_len + 1]) for ids, says in pairs]
     ids, said = [i[:-1] for i, _ in cut], [i[1:] for i, _ in cut]
     weights = [s[1:].astype(np.float32) for _, s in cut]
-    bins = best_fit(np.array([len(i) for i in ids]), seq_len)
-    rows: list[list[int]] = [[] for _ in range(int(bins.max()) + 1)]
-    for i, where in enumerate(bins.tolist()):
-        rows[where].append(i)
+    rows = packed(np.array([len(i) for i in ids]), seq_len)
     return Examples(ids, said, weights, seq_len, seq_len, rows)
 
 
 def of_pairs(
     sources: list[np.ndarray], targets: list[np.ndarray], seq_len: int, target_len: int
 ) -> Examples:
-    """A source for an encoder and a target, its end included, for a decoder; both are cut."""
+    """A source for an encoder and a target, its end included, for a decoder; both are cut, and
+    several pairs stand in a row, which do not see each other."""
     ids, said = [s[:seq_len] for s in sources], [t[:target_len] for t in targets]
     weights = [np.ones(len(t), np.float32) for t in said]
-    return Examples(ids, said, weights, seq_len, target_len, alone(len(ids)))
+    # The larger share of its row that a half of a pair takes, counted in places for targets.
+    shares = [
+        max(-(-len(s) * target_len // seq_len), len(t)) for s, t in zip(ids, said, strict=True)
+    ]
+    rows = packed(np.array(shares), target_len)
+    return Examples(ids, said, weights, seq_len, target_len, rows, two_stacks=True)
 
 
 def of_preferences(answers: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int) -> Examples:

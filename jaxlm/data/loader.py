@@ -16,7 +16,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.mixture import mixture as make
 from jaxlm.data.shuffle import indices
-from jaxlm.data.windows import Batch, Dataset, TaughtBatch, WordBatch
+from jaxlm.data.windows import Batch, Dataset, PairBatch, TaughtBatch, WordBatch
 from jaxlm.schema import UserError
 
 __all__ = ["Batch", "Dataset", "check_epochs", "chunk", "chunks", "eval_batch", "indices"]
@@ -36,7 +36,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def windows(self, numbers: np.ndarray) -> Batch | WordBatch | TaughtBatch:
+    def windows(self, numbers: np.ndarray) -> Batch | WordBatch | TaughtBatch | PairBatch:
         """The rows of these numbers (int, any shape), as [*shape, t]."""
 
 
@@ -48,7 +48,7 @@ def chunk(
     batch_size: int,
     rows: tuple[int, int] | None = None,
     mixture: Mixture | None = None,
-) -> Batch | WordBatch | TaughtBatch:
+) -> Batch | WordBatch | TaughtBatch | PairBatch:
     """The next `steps` global batches of a run that has consumed `position` sequences.
 
     Leaves are [steps, batch_size, t]. With `rows=(lo, hi)` only these rows of each global batch
@@ -108,7 +108,7 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-self.steps // self.steps_per_chunk)
 
-    def __getitem__(self, i: int) -> Batch | WordBatch | TaughtBatch:
+    def __getitem__(self, i: int) -> Batch | WordBatch | TaughtBatch | PairBatch:
         done = i * self.steps_per_chunk
         steps = min(self.steps_per_chunk, self.steps - done)
         position = self.position + done * self.batch_size

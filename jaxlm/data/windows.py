@@ -63,6 +63,18 @@ class TaughtBatch(NamedTuple):
     beside: Any  # float32 [b, t, k]: what the objective says
 
 
+class PairBatch(NamedTuple):
+    """Sources, and what is said of them; `targets` and `weights` [b, t] have a length of their
+    own."""
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any
+    positions: Any
+    said_of: Any  # int32 [b, t]: the segment that each target belongs to
+
+
 @dataclass(frozen=True)
 class Segment:
     """Documents of one source in a row."""

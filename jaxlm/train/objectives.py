@@ -248,17 +248,18 @@ def fill_in_the_middle(config: Config, row: Any, key: jax.Array) -> Example:
 
 
 def pairs(config: Config, row: Any, key: jax.Array) -> Example:
-    """The decoder says the target of a source: `tokens` and `segment_ids` are the source's [s],
-    `targets` and `weights` the target's [t]."""
-    t = row.targets.shape[0]
-    first = jnp.full(1, START, jnp.int32)
-    said_t = row.weights > 0
+    """The decoder says the targets of sources (a row of a PairBatch): each begins anew after START,
+    and sees its own source."""
+    at_t = jnp.arange(row.targets.shape[0], dtype=jnp.int32)
+    before_t = jnp.roll(row.said_of, 1).at[0].set(-1)
+    begins_t = row.said_of != before_t
+    first_t = jax.lax.cummax(jnp.where(begins_t, at_t, 0))
     return Example(
-        tokens=jnp.concatenate([first, row.targets[:-1]]),
+        tokens=jnp.where(begins_t, START, jnp.roll(row.targets, 1)),
         targets=row.targets,
         weights=row.weights,
-        segment_ids=said_t.astype(jnp.int32),
-        positions=jnp.arange(t, dtype=jnp.int32),
+        segment_ids=row.said_of,
+        positions=at_t - first_t,
         source=Source(row.tokens, row.positions, row.segment_ids),
     )
 
