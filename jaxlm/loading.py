@@ -38,7 +38,8 @@ def is_run(folder: Path) -> bool:
 
 
 def of_run(folder: Path, devices: MeshConfig | None = None) -> LanguageModel:
-    """The newest checkpoint of a run. Raises UserError where there is none."""
+    """The newest checkpoint of a run; with adapters its context is that of what it began with,
+    however short the examples were. Raises UserError where there is none."""
     config = read_config(folder)
     words = tokenizer.load(folder / "tokenizer")
     if devices is not None:
@@ -47,7 +48,10 @@ def of_run(folder: Path, devices: MeshConfig | None = None) -> LanguageModel:
     with jax.set_mesh(on):
         params = job.load_params(config, folder)
         if config.tune.lora.rank:
-            base = parameters.frozen(config, begun(config, of_any(config.tune.start)))
+            start = of_any(config.tune.start)
+            model = replace(config.model, seq_len=start.config.seq_len)
+            config = replace(config, model=model)
+            base = parameters.frozen(config, begun(config, start))
             params = jax.jit(partial(parameters.whole, config))(params, base)
     named = folder / "labels.json"
     labels = tuple(read_json(named, "labels")["labels"]) if named.exists() else ()
