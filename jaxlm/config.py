@@ -165,6 +165,8 @@ class TrainConfig:
     probes: tuple[str, ...] = doc((), "prompts whose next-token distribution is logged")
     sample_prompts: tuple[str, ...] = doc((), "prompts continued at each evaluation")
     sample_tokens: int = doc(64, "tokens per sample")
+    tasks: tuple[str, ...] = doc((), "'NAME=PATH', scored at each evaluation as `evaluate` does")
+    task_items: int = doc(200, "items of each of them, the first ones; 0: all")
     track: tuple[str, ...] = doc((), "besides metrics.jsonl: 'tensorboard', 'wandb', 'trackio'")
     xla_preset: Literal["none", "chip"] = doc(
         "none", "'chip': compiler options that others found useful on this TPU (jaxlm/xla.py)"
@@ -286,7 +288,7 @@ _RANGES: Ranges = (
         "at least 0",
         lambda x: x >= 0,
         "optimizer.eps optimizer.weight_decay optimizer.grad_clip train.z_loss train.eval_every"
-        " train.checkpoint_every train.sample_tokens",
+        " train.checkpoint_every train.sample_tokens train.task_items",
     ),
     ("at least 1", lambda x: x >= 1, "train.corruption.mean_span"),
     ("above 0", lambda x: x > 0, "data.max_epochs optimizer.learning_rate"),
@@ -323,6 +325,8 @@ def validate(config: Config, where: str = "config") -> Config:
     need(n is None or n >= 2, "tune.max_tokens", n, "at least 2")
     rate = config.tune.dropout
     need(rate is None or 0 <= rate < 1, "tune.dropout", rate, "at least 0 and below 1")
+    share = config.tune.teacher_share
+    need(0 <= share <= 1, "tune.teacher_share", share, "between 0 and 1")
     whole = t.global_batch_size
     _divides("train.accumulation_steps", t.accumulation_steps, "global_batch_size", whole, need)
     k = t.steps_per_dispatch

@@ -111,7 +111,7 @@ _NOT_IDENTITY = {
     "data": ("dir", "licence", "file_urls", "engine", "workers"),
     "train": (
         "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "probes",
-        "sample_prompts", "sample_tokens", "track", "profile", "xla_preset",
+        "sample_prompts", "sample_tokens", "tasks", "task_items", "track", "profile", "xla_preset",
     ),
     "tune": ("start", "examples"),  # what they hold is: `Run.data_fingerprint`
 }  # fmt: skip

@@ -63,13 +63,15 @@ def train(
     stop: Any = False,
     progress: loop.Progress = lambda run, row: None,
     begin: Begin | None = None,
+    watch: Sequence[loop.Observer] = (),
 ) -> list[RunRecord]:
     """Train the tasks to their ends, from wherever they are; returns their records.
 
     Several tasks must be of one shape and horizon: they train as one program (`jax.vmap`). Token
     shards must be in `data_dir`. A finished task is not touched; one whose loss became NaN or
-    infinite has the status "diverged". `begin`: what a lone task begins with. Raises what else
-    `loop.fit` raises, and UserError for a folder that holds another run or another process.
+    infinite has the status "diverged". `begin`: what a lone task begins with; `watch`: observers
+    besides those that the config asks for. Raises what else `loop.fit` raises, and UserError for a
+    folder that holds another run or another process.
     """
     cache_compilations()
     data = shards.read_manifest(data_dir)
@@ -82,7 +84,8 @@ def train(
         todo = [run for run in runs if run.record() is None]
         for group in _groups(todo):
             with contextlib.suppress(loop.Diverged):  # its record says so
-                _fit(group, data_dir, stop, progress, begin.given if begin else loop.NOTHING)
+                given = begin.given if begin else loop.NOTHING
+                _fit(group, data_dir, stop, progress, given, watch)
     return [found for run in runs if (found := run.record()) is not None]
 
 
@@ -98,7 +101,12 @@ def _groups(todo: list[Run]) -> list[list[Run]]:
 
 
 def _fit(
-    group: list[Run], data_dir: Path, stop: Any, progress: loop.Progress, given: loop.Given
+    group: list[Run],
+    data_dir: Path,
+    stop: Any,
+    progress: loop.Progress,
+    given: loop.Given,
+    watch: Sequence[loop.Observer],
 ) -> None:
     config = group[0].config
     train_set = subset.of(_open(config, data_dir, "train"), config.data.unique_tokens)
@@ -107,7 +115,7 @@ def _fit(
     for run in group:
         seed = loop.data_seed(run.config)
         loader.check_epochs(train_set, sequences, config.data.max_epochs, seed, mixture)
-    observers = [*_observers(config, data_dir), _seen(train_set, mixture)]
+    observers = [*_observers(config, data_dir), _seen(train_set, mixture), *watch]
     tracked = group if hosts.is_lead() else []
     for run in tracked:
         _keep_data_card(run.folder, data_dir)

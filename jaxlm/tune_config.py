@@ -42,3 +42,6 @@ class TuneConfig:
     teacher: str = doc("", "distill: the model whose next tokens are learnt, of the same tokenizer")
     teacher_tokens: int = doc(32, "distill: of the teacher's next tokens the likeliest so many")
     temperature: float = doc(1.0, "distill: of both models' distributions")
+    teacher_share: float = doc(
+        1.0, "distill: how much the teacher counts; the rest: the text's own next tokens"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxlm.config import Config, ModelConfig, validate
 from jaxlm.data import chat, examples, loader, tokenizer
 from jaxlm.data.examples import Examples, Labelled
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.units import is_spaceless
 from jaxlm.evaluate import supervised, teachers
 from jaxlm.files import write_json
 from jaxlm.language_model import LanguageModel
@@ -51,8 +53,7 @@ def material(config: Config) -> Material:
     """Reads the examples and the weights to begin with. Raises UserError."""
     t, name = config.tune, config.train.objective
     _check(config)
-    targets = {"preference": ("chosen", "rejected"), "distill": ()}.get(name, (t.target,))
-    found = examples.read(t.examples, t.input, targets)
+    found = read(config)
     training, held_out = examples.split(found, config.data.eval_fraction)
     labels = examples.classes(training, held_out) if name == "classify" else ()
     start = loading.of_any(t.start) if t.start else None
@@ -76,6 +77,13 @@ def material(config: Config) -> Material:
         mine, theirs = _taught(config, teacher, mine), _taught(config, teacher, theirs)
     mark = examples.fingerprint(found, mine.beside or ())
     return Material(config, words, mine, theirs, labels, mark, start)
+
+
+def read(config: Config) -> list[Labelled]:
+    """All examples. Raises UserError."""
+    t, name = config.tune, config.train.objective
+    targets = {"preference": ("chosen", "rejected"), "distill": ()}.get(name, (t.target,))
+    return examples.read(t.examples, t.input, targets)
 
 
 def _check(config: Config) -> None:
@@ -131,6 +139,10 @@ def _encoded(
     if name == "distill":
         pieces = [p for ids in encode(inputs) for p in reads.pieces(np.concatenate([ids, end]))]
         return examples.of_answers([(p, np.ones(len(p), bool)) for p in pieces], t)
+    if any(isinstance(e.target, tuple) for e in some):
+        if name != "classify" or config.model.pooling != "each":
+            raise UserError("config.tune.pooling: words and their classes need 'each' (classify)")
+        return examples.of_tags([_by_word(reads, e) for e in some], some, labels, t)
     ids = reads.read(inputs, t)
     if name == "regress":
         return examples.of_numbers(ids, some, t)
@@ -149,6 +161,14 @@ def _answer(reads: LanguageModel, example: Labelled) -> tuple[np.ndarray, np.nda
     before = before if reads.bos_id is None else np.concatenate([[reads.bos_id], before])
     ids = np.concatenate([before, after, [words.eos_id]]).astype(np.int32)
     return ids, np.arange(len(ids)) >= len(before)
+
+
+def _by_word(reads: LanguageModel, example: Labelled) -> list[np.ndarray]:
+    """What stands before a text, each word's tokens, and what stands after it."""
+    words = [word for word, _ in example.target]
+    spaced = [w if i == 0 or is_spaceless(w) else f" {w}" for i, w in enumerate(words)]
+    around = reads.read([""], None)[0]
+    return [around[:1], *reads.tokenizer.encode_batch(spaced), around[1:]]
 
 
 def _taught(config: Config, teacher: LanguageModel, some: Examples) -> Examples:
@@ -171,9 +191,11 @@ def tune(
     folder: Path,
     stop: Any = False,
     progress: loop.Progress = lambda run, row: None,
+    watch: Sequence[loop.Observer] = (),
 ) -> RunRecord:
-    """Trains to the end, from wherever it is; returns the run's record. Raises what `loop.fit`
-    raises, and UserError for a folder that holds another run or another process."""
+    """Trains to the end, from wherever it is, watched by these observers, too; returns the run's
+    record. Raises what `loop.fit` raises, and UserError for a folder that holds another run or
+    another process."""
     job.cache_compilations()
     config = made.config
     sequences = config.train.steps * config.train.global_batch_size
@@ -197,9 +219,9 @@ def tune(
             trackers.row(row)
             progress(run, row)
 
-        watch = [supervised.heldout(made.held_out, config.data.eval_sequences)]
+        observers = [supervised.heldout(made.held_out, config.data.eval_sequences), *watch]
         with contextlib.suppress(loop.Diverged):  # its record says so
-            loop.fit([run], made.training, watch, stop, send, given=begin.given)
+            loop.fit([run], made.training, observers, stop, send, given=begin.given)
         row = run.record()
         assert row is not None
         return row

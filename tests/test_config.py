@@ -273,7 +273,7 @@ NOT_IDENTITY = {
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.expert", "mesh.stage",
     "model.remat", "model.scan_layers", "model.pipeline_repeats", "model.pipeline_microbatches",
     "train.keep_checkpoints", "train.probes", "train.sample_prompts", "train.sample_tokens",
-    "train.track", "train.profile",
+    "train.tasks", "train.task_items", "train.track", "train.profile",
     "tune.start", "tune.examples",  # what they hold counts, as part of the data
 }  # fmt: skip
 

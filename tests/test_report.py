@@ -639,3 +639,22 @@ def test_browser_shows_the_page_and_runs_nothing(hostile: Path, tmp_path: Path) 
 )
 def test_numbers_are_written_for_people(shown: str | None, expected: str | None) -> None:
     assert shown == expected
+
+
+def test_a_run_s_page_shows_tasks_and_what_is_forgotten_of_a_source(tmp_path: Path) -> None:
+    write_run(tmp_path, "tuned", "single", 3e11, 49e3, 0)
+    old, new = [2.0, 2.3, 2.6], [4.0, 2.5, 2.2]
+    rows = [
+        {"step": 100 * i, "eval/loss/old": a, "eval/loss/new": b,
+         "task/imdb/accuracy": 0.5 + i / 8, "task/en-ja/chrf": 10.0 * i}
+        for i, (a, b) in enumerate(zip(old, new, strict=True))
+    ]  # fmt: skip
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    page = write_run_report(tmp_path).read_text()
+    for name, tips in (
+        ("sources", ("old: 2.000 → 2.600", "new: 4.000 → 2.200")),
+        ("tasks", ("imdb: accuracy 0.750", "en-ja: chrf 20.000")),
+    ):
+        assert f'id="figure-{name}"' in page and (tmp_path / f"{name}.png").exists()
+        assert all(tip in page for tip in tips)

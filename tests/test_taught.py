@@ -125,6 +125,9 @@ def test_distillation_is_the_divergence_from_the_teacher(k: int) -> None:
                 plain += np.log(np.exp(x).sum()) - x[target]
         assert float(value) == pytest.approx(want, rel=1e-4)
         assert float(sums["train/nll"]) == pytest.approx(plain, rel=1e-4)
+        half = replace(c, tune=replace(c.tune, teacher_share=0.25))
+        mixed = example_losses.distill(half, params, batch, jax.random.key(0))[0]
+        assert float(mixed) == pytest.approx(0.25 * want + 0.75 * plain, rel=1e-4)
         if k == VOCAB:
             (value, _), grads = run(teacher)
             assert abs(float(value)) < 1e-4

@@ -32,7 +32,8 @@ def train(
     Raises UserError; JaxlmError if the run diverged; Stopped after SIGTERM or Ctrl-C (all saved).
     """
     from jaxlm import hosts, job, mesh, tuning
-    from jaxlm.data import shards
+    from jaxlm.data import shards, tokenizer
+    from jaxlm.tasks import watching
     from jaxlm.train import record
     from jaxlm.train.example_losses import OF_EXAMPLES
     from jaxlm.train.step import check_names
@@ -55,6 +56,7 @@ def train(
         if row is not None and row.fingerprint == fingerprint(config):
             say(f"{folder}: {row.status} before; nothing is left to do")
         else:
+            asked = watching.read(config)
             mesh.make(config)  # what these devices cannot be is told before any text is read
             data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
             hosts.by_lead(
@@ -65,7 +67,10 @@ def train(
             say(banner(config))
             begin = None if start is None else _beginning(config, start, data_dir)
             send = sending(mirror, progress)
-            [row] = job.train([job.Task(config, folder)], data_dir, stop, send, begin)
+            words = tokenizer.load(data_dir / "tokenizer")
+            begins = None if start is None else start.bos_id
+            watch = watching.observers(asked, words, bos_id=begins)
+            [row] = job.train([job.Task(config, folder)], data_dir, stop, send, begin, watch)
         return checked_row(row, folder)
 
 

@@ -28,6 +28,7 @@ def finetune(
     Raises UserError; JaxlmError if the run diverged; Stopped after SIGTERM or Ctrl-C (all saved).
     """
     from jaxlm import hosts, tuning
+    from jaxlm.tasks import watching
     from jaxlm.train.step import check_names
     from jaxlm.train.trackers import need
 
@@ -39,11 +40,14 @@ def finetune(
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
         folder, mirror = held.enter_context(workdir_of(workdir))
+        asked = watching.read(config)
         made = tuning.material(config)
         n, m = len(made.training.ids), len(made.held_out.ids)
         what = f", {len(made.labels)} classes" if made.labels else ""
         rows = f" in {len(made.training):,} rows" if len(made.training) != n else ""
         say(f"examples: {n:,} to learn from{rows}, {m:,} held out{what}")
         say(banner(made.config))
-        row = tuning.tune(made, folder, stop, sending(mirror, progress))
+        begins = None if made.start is None else made.start.bos_id
+        watch = watching.observers(asked, made.words, made.labels, begins)
+        row = tuning.tune(made, folder, stop, sending(mirror, progress), watch)
         return checked_row(row, folder)

@@ -1,4 +1,4 @@
-"""The plots of a single run: loss, bits per byte, learning rate, and what probes answer."""
+"""The plots of a single run: loss, bits per byte, tasks, learning rate, and what probes answer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from jaxlm.report.formats import count, fixed, percent, short, token
 
 MAX_PROBES = 6  # prompts with a plot of their own
 MAX_TOKENS = 6  # lines in one of them
+MAX_PANELS = 6  # scores of tasks, one above the other
 
 
 def run_plots(run: Run) -> list[Plot]:
     """Every plot that the run's rows carry, in the order of the page."""
     with styled():
-        found = [loss_plot(run), bits_plot(run), steps_plot(run)]
+        found = [loss_plot(run), sources_plot(run), bits_plot(run), tasks_plot(run)]
+        found.append(steps_plot(run))
         prompts = list(probes(run))[:MAX_PROBES]
         found += [probe_plot(run, prompt, i) for i, prompt in enumerate(prompts)]
     return [plot for plot in found if plot]
@@ -109,6 +111,63 @@ def loss_plot(run: Run) -> Plot | None:
     blue = key("training", color=PALETTE["approach2"][0])
     diamond = key("held-out", color=PALETTE["approach1"][0], marker="D", linestyle="")
     plot.legend([blue, diamond] if x_eval else [blue], columns=2)
+    return plot
+
+
+def _named(run: Run, prefix: str) -> list[str]:
+    """The names of what is logged under `prefix` more than once, in the order it came."""
+    names = dict.fromkeys(k for row in run.rows for k in row if k.startswith(prefix))
+    return [name for name in names if len(run.curve(name, "step")[0]) > 1]
+
+
+def sources_plot(run: Run) -> Plot | None:
+    """The held-out loss of each source: what is learnt of one and forgotten of another."""
+    names = _named(run, "eval/loss/")[: len(RAMP)]
+    if len(names) < 2:
+        return None
+    plot = new_plot(
+        "sources",
+        "Held-out loss by source",
+        "What is learnt of one, and what is forgotten of another.",
+    )
+    axes = plot.figure.add_subplot()
+    keys = []
+    for i, name in enumerate(names):
+        x, y, label = _curve(run, name)
+        style = {"color": RAMP[i * (len(RAMP) - 1) // (len(names) - 1)], "marker": "osD^vP"[i % 6]}
+        source = short(name.removeprefix("eval/loss/"), 30)
+        plot.draw(axes, x, y, Tip(f"{source}: {fixed(y[0])} → {fixed(y[-1])}"), **style)
+        keys.append(key(source, **style))
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_formatter(lambda value, _: count(value) or "")
+    axes.set_ylabel("loss (nats/token)")
+    plot.legend(keys, columns=2)
+    return plot
+
+
+def tasks_plot(run: Run) -> Plot | None:
+    """The scores of `train.tasks`, each with an axis of its own."""
+    names = _named(run, "task/")[:MAX_PANELS]
+    if not names:
+        return None
+    plot = new_plot(
+        "tasks",
+        "Tasks during training",
+        "Scores of the tasks of train.tasks at each evaluation; at 0 before any step.",
+        max(3.7, 1.4 * len(names)),
+    )
+    panels = plot.figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    color = PALETTE["approach3"][0]
+    for axes, name in zip(panels, names, strict=True):
+        x, y, label = _curve(run, name)
+        _, task, metric = name.split("/", 2)
+        axes.plot(x, y, color=color)
+        for at, value in zip(x, y, strict=True):
+            tip = Tip(f"{task}: {metric} {fixed(value)} at {count(at) or 0} ({label})")
+            plot.draw(axes, [at], [value], tip, marker="D", color=color)
+        axes.set_ylabel(f"{short(task, 20)}\n{metric}")
+        axes.xaxis.set_major_formatter(lambda value, _: count(value) or "")
+    panels[-1].set_xlabel(label)
     return plot
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 from jaxlm import job
 from jaxlm.config import Config
+from jaxlm.data import tokenizer
 from jaxlm.files import read_json
 from jaxlm.schema import JaxlmError, UserError, from_dict
+from jaxlm.tasks import watching
 from jaxlm.train.loop import Stopped
 from jaxlm.train.workdir import StopFlag, lock
 
@@ -117,9 +119,11 @@ def _run(folder: Path, names: Sequence[str], stop: Any, send: Any) -> None:
 
     for task in tasks:
         _wait_for(task.folder, stop)
-    data_dir = sweep["sweep"]["base"]["data"]["dir"] or folder / "data"
+    data_dir = Path(sweep["sweep"]["base"]["data"]["dir"] or folder / "data")
+    asked = watching.read(tasks[0].config)
+    watch = watching.observers(asked, tokenizer.load(data_dir / "tokenizer")) if asked else ()
     try:
-        for record in job.train(tasks, Path(data_dir), leave, progress):
+        for record in job.train(tasks, data_dir, leave, progress, watch=watch):
             send(kind="finished", name=record.name)
     except Stopped:
         if stop:

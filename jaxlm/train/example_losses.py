@@ -78,7 +78,8 @@ def distill(
 ) -> tuple[jax.Array, Sums]:
     """The divergence of the model from its teacher (Hinton et al. 2015, §2), temperature² times
     KL(teacher, model) at that temperature, over the teacher's likeliest tokens: `beside` [b, t, 2k]
-    has their ids and logits. Also sums the plain loss, as train/nll."""
+    has their ids and logits; weighed by `teacher_share`, and the plain loss by the rest. Also sums
+    the plain loss, as train/nll."""
     tau, k = config.tune.temperature, batch.beside.shape[-1] // 2
     ids_btk, theirs_btk = batch.beside[..., :k].astype(jnp.int32), batch.beside[..., k:]
     x_btd = _states(config, params, batch, key)
@@ -90,7 +91,9 @@ def distill(
     kl_bt = jnp.sum(jnp.exp(log_p_btk) * (log_p_btk - ours_btk), axis=-1)
     plain = jax.nn.log_softmax(logits_btv)
     nll_bt = -jnp.take_along_axis(plain, batch.targets[..., None], axis=-1)[..., 0]
-    return tau**2 * jnp.sum(kl_bt * batch.weights), {"train/nll": jnp.sum(nll_bt * batch.weights)}
+    share, nll = config.tune.teacher_share, jnp.sum(nll_bt * batch.weights)
+    loss = share * tau**2 * jnp.sum(kl_bt * batch.weights) + (1.0 - share) * nll
+    return loss, {"train/nll": nll}
 
 
 OF_EXAMPLES: dict[str, Callable[..., tuple[jax.Array, Sums]]] = {

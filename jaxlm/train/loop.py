@@ -134,8 +134,8 @@ class _Loop:
     def run(self) -> list[record.RunRecord]:
         self.started = self.fetched = time.perf_counter()
         self.state, self.step = self._start()
-        if self.step:  # its evaluation came after the checkpoint
-            self._observe_if_due()
+        if self.step or self.given is not NOTHING:  # its evaluation came after the checkpoint, or
+            self._observe_if_due()  # shows what others' weights can do before they move
         for batches in self._feed():
             n = batches.tokens.shape[1 if self.population else 0]
             self._profile(n)

@@ -46,7 +46,10 @@ def static(config: Config) -> Config:
         seed=0,
         data=DataConfig(),
         tune=TuneConfig(
-            lora=config.tune.lora, beta=config.tune.beta, temperature=config.tune.temperature
+            lora=config.tune.lora,
+            beta=config.tune.beta,
+            temperature=config.tune.temperature,
+            teacher_share=config.tune.teacher_share,
         ),
         optimizer=dataclasses.replace(
             config.optimizer,
@@ -58,7 +61,8 @@ def static(config: Config) -> Config:
         ),
         train=dataclasses.replace(
             config.train, steps=1, log_every=1, eval_every=0, checkpoint_every=0,
-            keep_checkpoints=1, probes=(), sample_prompts=(), sample_tokens=0, track=(), profile="",
+            keep_checkpoints=1, probes=(), sample_prompts=(), sample_tokens=0, tasks=(),
+            task_items=0, track=(), profile="",
         ),
     )  # fmt: skip
 
