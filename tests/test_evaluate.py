@@ -127,6 +127,34 @@ def test_written_answers_end_where_they_should(gpt2, tmp_path: Path) -> None:
         answers.answer(chosen, too_long, gpt2)
 
 
+def test_shots_stand_answered_before_what_is_asked() -> None:
+    items = [Item(p, c, answer=a) for p, c, a in ALIKE]
+    named = Task("t", "choose", lambda path: items, ("accuracy",))
+    [only] = task.with_shots(named, items, 2, seed=0)
+    left = next(item for item in items if item.prompt == only.text)
+    shown = {f"{i.prompt}{i.choices[i.answer]}" for i in items if i is not left}
+    *before, asked = only.prompt.split("\n\n")
+    assert set(before) == shown and asked == left.prompt and only.choices == left.choices
+    assert task.with_shots(named, items, 2, seed=0) == [only]
+    japanese = [
+        Item("質問:何\n回答:", references=("東京",)),
+        Item("質問:誰\n回答:", references=("猫",)),
+    ]
+    written = Task("t", "write", lambda path: japanese, ("f1",))
+    [one] = task.with_shots(written, japanese, 1, seed=0)
+    assert one.prompt in (
+        "質問:何\n回答:東京\n\n質問:誰\n回答:",
+        "質問:誰\n回答:猫\n\n質問:何\n回答:",
+    )
+    english = [Item("2 + 2 =", references=("4",)), Item("1 + 1 =", references=("2",))]
+    [one] = task.with_shots(written, english, 1, seed=0)
+    assert one.prompt in ("2 + 2 = 4\n\n1 + 1 =", "1 + 1 = 2\n\n2 + 2 =")
+    with pytest.raises(UserError, match="3 of the 3 items"):
+        task.with_shots(named, items, 3, seed=0)
+    with pytest.raises(UserError, match="nothing to show"):
+        task.with_shots(Task("t", "read", lambda path: [], ()), items, 1, seed=0)
+
+
 # ---------------------------------------------------------------------------------- shipped tasks
 
 JSQUAD = {"data": [{"paragraphs": [{

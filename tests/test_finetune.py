@@ -28,6 +28,7 @@ from jaxlm.data import examples
 from jaxlm.model import lora, transformer
 from jaxlm.model.presets import preset
 from jaxlm.schema import UserError
+from jaxlm.tasks import leaks
 from jaxlm.train import example_losses, parameters
 from jaxlm.train.optimizer import hyper
 from jaxlm.train.step import abstract_state, program
@@ -52,6 +53,21 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words[rng.integers(12)] = ("dull", "fine")[i % 2]
             f.write(json.dumps({"text": " ".join(words), "label": ("no", "yes")[i % 2]}) + "\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def kind(reviews: Path) -> str:
+    """The same reviews as a task, NAME=PATH."""
+    task = reviews.parent / "kind.py"
+    task.write_text(
+        "from jaxlm.data.rows import rows\nfrom jaxlm.tasks.task import Item, Task\n"
+        "def items(path):\n"
+        "    for r in rows(path):\n"
+        "        yield Item(r['text'], ('no', 'yes'), answer=('no', 'yes').index(r['label']))\n"
+        "def get_task():\n"
+        "    return Task('kind', 'choose', items, ('accuracy', 'macro_f1'))\n"
+    )
+    return f"{task}={reviews}"
 
 
 def config(reviews: Path, **more) -> Config:
@@ -164,6 +180,48 @@ def test_only_adapters_move_and_many_run_at_once() -> None:
             np.testing.assert_allclose(np.asarray(one(params)), logits, atol=1e-5)
 
 
+SGD = """
+import optax
+
+def sgd(config):
+    return optax.identity()
+"""
+
+
+def test_adapters_of_full_rank_move_as_the_whole_weights_do(tmp_path: Path) -> None:
+    """One step of plain gradient descent. With A square and orthogonal and B zero, A's gradient is
+    zero and W moves by (alpha / rank)² · A Aᵀ times what it moves by when it is whole."""
+    (tmp_path / "own.py").write_text(SGD)
+    own = {"name": f"{tmp_path / 'own.py'}:sgd", "weight_decay": 0.0, "grad_clip": 0.0,
+           "schedule": "constant", "warmup_fraction": 0.0}  # fmt: skip
+    how = LoraConfig(rank=8, alpha=16.0, on=("query", "value"))  # d_model is 8
+    c = small.config(optimizer={**own, "learning_rate": 1e-2}, tune=TuneConfig(lora=how))
+    whole = small.config(optimizer={**own, "learning_rate": 4e-2})
+    batch = small.batch(c, steps=1)
+    with small.on_mesh(c):
+        base = small.params(c)
+        run = program(c)
+        state = run.init(hyper(c))
+        frozen = parameters.frozen(c, small.sharded(c, base))
+        adapters = state.params["adapters"]["layers"]["attention"]
+        q = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0].astype(np.float32)
+        for pair in adapters.values():
+            a = np.broadcast_to(q, pair["a"].shape)
+            pair["a"] = jax.device_put(a, pair["a"].sharding)
+        placed = mesh.put_batch(batch, jax.sharding.get_mesh(), leading=1)
+        moved, mine = run.chunk(hyper(c), state._replace(frozen=frozen), placed)
+        got = jax.device_get(parameters.whole(c, moved.params, moved.frozen))
+        moved, theirs = program(whole).chunk(hyper(whole), small.state(whole, base), placed)
+        want = jax.device_get(moved.params)
+    np.testing.assert_allclose(mine["train/loss"], theirs["train/loss"], rtol=1e-6)
+    for name in ("query", "value"):
+        start = base["layers"]["attention"][name]
+        step = want["layers"]["attention"][name] - start
+        assert np.abs(step).max() > 1e-4
+        close = {"rtol": 1e-3, "atol": 1e-3 * np.abs(step).max()}
+        np.testing.assert_allclose(got["layers"]["attention"][name] - start, step, **close)
+
+
 # ----------------------------------------------------------------------------------------- examples
 
 
@@ -205,13 +263,14 @@ def test_bad_examples_are_told_before_anything_runs(
 
 
 @pytest.fixture(scope="module")
-def trained(reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(reviews: Path, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    api.finetune(config(reviews), folder)
+    c = config(reviews)
+    api.finetune(replace(c, train=replace(c.train, tasks=(kind,), task_items=50)), folder)
     return folder
 
 
-def test_a_classifier_learns_and_is_evaluated(reviews: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_classifier_learns_and_is_evaluated(reviews: Path, trained: Path, kind: str) -> None:
     whole = _record(trained)
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
     found = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
@@ -220,18 +279,63 @@ def test_a_classifier_learns_and_is_evaluated(reviews: Path, trained: Path, tmp_
     assert model.labels == ("no", "yes")
     logits = model.classify(["the film was fine", "a dull town"])
     assert logits.argmax(1).tolist() == [1, 0]
-    task = tmp_path / "kind.py"
-    task.write_text(
-        "from jaxlm.data.rows import rows\nfrom jaxlm.tasks.task import Item, Task\n"
-        "def items(path):\n"
-        "    for r in rows(path):\n"
-        "        yield Item(r['text'], ('no', 'yes'), answer=('no', 'yes').index(r['label']))\n"
-        "def get_task():\n"
-        "    return Task('kind', 'choose', items, ('accuracy', 'macro_f1'))\n"
-    )
-    scores = api.evaluate(trained, [f"{task}={reviews}"])
+    scores = api.evaluate(trained, [kind])
     assert all(r["value"] >= 0.95 and r["n"] == 400 for r in scores["rows"])
     assert np.sum(scores["details"]["kind"]["confusion"]["right_by_said"]) == 400
+    first = api.evaluate(trained, [kind], limit=50)["rows"]
+    during = {k: v for r in rows for k, v in r.items() if k.startswith("task/")}  # the last ones
+    assert during == {f"task/kind/{r['metric']}": r["value"] for r in first}
+
+
+def test_items_that_were_trained_on_are_told(
+    reviews: Path, trained: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the reviews a share was held out by the hash of their text: the others are a leak."""
+    pytest.importorskip("xxhash")
+    texts = [json.loads(line)["text"] for line in reviews.open()]
+    seen = {t for t in texts if not examples.is_held_out(t, 0.3)}
+    asked = f"--workdir={trained}", f"--task={kind}"
+    assert call("evaluate", *asked, "--leaks", "--json") == 0
+    out, err = capsys.readouterr()
+    [row] = [r for r in map(json.loads, out.splitlines()) if r["metric"] == "leaked"]
+    assert row["value"] == pytest.approx(np.mean([t in seen for t in texts])) and row["n"] == 400
+    assert f"kind: {sum(t in seen for t in texts)} of 400 items stand in the training text" in err
+
+
+def test_words_are_tagged_at_their_first_token() -> None:
+    found = [
+        examples.Labelled("ab c", (("ab", "X"), ("c", "O"))),
+        examples.Labelled("d", (("d", "O"),)),
+    ]
+    pieces = [
+        [np.array(p, np.int32) for p in row] for row in (([9], [1, 2], [3], [8]), ([9], [4], [8]))
+    ]
+    some = examples.of_tags(pieces, found, ("O", "X"), 12)
+    batch = some.windows(np.arange(len(some)))
+    assert len(some) == 1 and batch.tokens[0, :8].tolist() == [9, 1, 2, 3, 8, 9, 4, 8]
+    said = {at: int(batch.targets[0, at]) for at in np.flatnonzero(batch.weights[0]).tolist()}
+    assert said == {1: 1, 3: 0, 6: 0}
+    assert examples.classes(found, found) == ("O", "X")
+
+
+@pytest.mark.slow  # 7 s
+def test_a_tagger_learns_words(tmp_path: Path) -> None:
+    rng, names = np.random.default_rng(0), {"Ada": "PER", "Oslo": "LOC"}
+    with (tmp_path / "t.jsonl").open("w") as f:
+        for _ in range(200):
+            words = rng.choice(["Ada", "Oslo", "went", "to", "and", "saw"], 6).tolist()
+            tags = [names.get(w, "O") for w in words]
+            f.write(json.dumps({"words": words, "tags": tags}) + "\n")
+    c = config(tmp_path / "t.jsonl")
+    tuned = replace(c.tune, input="words", target="tags", pooling="each")
+    api.finetune(replace(c, tune=tuned), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [r["eval/accuracy"] for r in rows if "eval/accuracy" in r][-1] >= 0.99
+    with pytest.raises(UserError, match="need 'each'"):
+        api.finetune(replace(c, tune=replace(tuned, pooling="mean")), tmp_path / "other")
+    (tmp_path / "t.jsonl").write_text('{"words": ["a"], "tags": []}\n')
+    with pytest.raises(UserError, match="as many classes as words"):
+        api.finetune(replace(c, tune=tuned), tmp_path / "other")
 
 
 def test_the_command_finds_nothing_left_to_do(
@@ -303,6 +407,12 @@ def test_training_on_text_goes_on_from_another_run(tmp_path: Path) -> None:
         return next(r for r in rows if f"eval/loss/{a}" in r)
 
     first, second = losses("first"), losses("second")
+    rows = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").open()]
+    assert all(f"eval/loss/{a}" not in r for r in rows if r["step"] == 0)  # none was asked for
+    texts = {p.read_text() for p in (tmp_path / "a").iterdir()}
+    texts |= {p.read_text() for p in (tmp_path / "b").iterdir()}
+    read = [t.rstrip("\0") for t in leaks.trained_on(tmp_path / "first")]
+    assert len(set(read)) == len(read) and 40 < len(read) < 70 and set(read) < texts
     assert first[f"eval/loss/{a}"] < 2.0 < first[f"eval/loss/{b}"]
     assert second[f"eval/loss/{b}"] < first[f"eval/loss/{b}"] - 1.0
     assert second[f"eval/loss/{a}"] < 3.0  # from fresh weights it would be 5.5

@@ -13,6 +13,8 @@ import pytest
 from jaxlm.evaluate import intervals, metrics
 
 CASES = 1000
+FEW = 100  # in the fast suite, where a reference is slow
+CASES_OF = [FEW, pytest.param(CASES, marks=pytest.mark.slow)]
 ENGLISH = "the a an cat sat on mat, Dog's it's 3.14 U.S. naïve (run) well-known the. A"
 JAPANESE = "猫 が 座っ た。 東京 は、 「首都」 です ＡＢＣ データ １２３ を 読む GPU ・ ！"
 
@@ -90,13 +92,14 @@ def test_japanese_answers_are_compared_by_letters_without_their_punctuation() ->
 # ------------------------------------------------------------------------------------ BLEU and chrF
 
 
+@pytest.mark.parametrize("cases", CASES_OF)
 @pytest.mark.parametrize("name", ["bleu", "chrf", "chrf++", "bleu-char"])
 @pytest.mark.parametrize("japanese", [False, True])
-def test_bleu_and_chrf_are_sacrebleu_s(name: str, japanese: bool) -> None:
+def test_bleu_and_chrf_are_sacrebleu_s(name: str, japanese: bool, cases: int) -> None:
     theirs = pytest.importorskip("sacrebleu.metrics")
     kind, _, tokenize = name.partition("-")
     rng = np.random.default_rng(2)
-    for _ in range(CASES // 4):  # of each of the four names
+    for _ in range(cases):
         said, references = corpus(rng, japanese)
         metric = (
             theirs.BLEU(tokenize=tokenize or "13a")
@@ -109,11 +112,12 @@ def test_bleu_and_chrf_are_sacrebleu_s(name: str, japanese: bool) -> None:
         assert metrics.sacrebleu(name, said, references).value == pytest.approx(want, abs=1e-9)
 
 
-def test_bleu_of_japanese_words_is_sacrebleu_s() -> None:
+@pytest.mark.parametrize("cases", CASES_OF)
+def test_bleu_of_japanese_words_is_sacrebleu_s(cases: int) -> None:
     theirs = pytest.importorskip("sacrebleu.metrics")
     pytest.importorskip("MeCab")
     rng = np.random.default_rng(3)
-    for _ in range(50):
+    for _ in range(cases):
         said, references = corpus(rng, True)
         one = [r[:1] for r in references]
         want = theirs.BLEU(tokenize="ja-mecab").corpus_score(said, [[r[0] for r in one]]).score
@@ -133,14 +137,15 @@ def test_rouge_is_rouge_score_s(name: str) -> None:
     assert metrics.rouge(name, said, references).value == pytest.approx(np.mean(each))
 
 
-def test_rouge_of_japanese_is_that_of_its_letters_set_apart() -> None:
+@pytest.mark.parametrize("cases", CASES_OF)
+def test_rouge_of_japanese_is_that_of_its_letters_set_apart(cases: int) -> None:
     """rouge-score by itself finds no word in Japanese and gives 0. Here letters stand for words: as
     many Latin ones in their place, cut apart, give its own score."""
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge2", "rougeL"])
     rng = np.random.default_rng(5)
     letters = "猫が座った東京は首都です"
     latin = {c: f"w{i}" for i, c in enumerate(letters)}
-    for _ in range(CASES // 2):
+    for _ in range(cases):
         a, b = ("".join(rng.choice(list(letters), rng.integers(1, 12))) for _ in range(2))
         spelled = [" ".join(latin[c] for c in t) for t in (b, a)]
         want = scorer.score(*spelled)
@@ -151,10 +156,11 @@ def test_rouge_of_japanese_is_that_of_its_letters_set_apart() -> None:
 # ----------------------------------------------------------------------------------- classification
 
 
-def test_accuracy_f1_and_confusion_are_scikit_learn_s() -> None:
+@pytest.mark.parametrize("cases", CASES_OF)
+def test_accuracy_f1_and_confusion_are_scikit_learn_s(cases: int) -> None:
     theirs = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(6)
-    for _ in range(CASES // 2):
+    for _ in range(cases):
         classes, n = int(rng.integers(2, 6)), int(rng.integers(2, 30))
         answers, said = rng.integers(0, classes, n), rng.integers(0, classes, n)
         labels = list(range(classes))
@@ -170,6 +176,7 @@ def test_accuracy_f1_and_confusion_are_scikit_learn_s() -> None:
 
 
 def test_calibration_error_is_its_definition() -> None:
+    """Guo et al. 2017, eq. 3, written out; scikit-learn has the bins' means alone (below)."""
     rng = np.random.default_rng(7)
     for _ in range(CASES):
         n, classes = int(rng.integers(1, 40)), int(rng.integers(2, 4))
@@ -183,6 +190,21 @@ def test_calibration_error_is_its_definition() -> None:
         for members in bins.values():
             confidence, right = np.mean(members, axis=0)
             want += len(members) / n * abs(right - confidence)
+        assert metrics.calibration_error(shares, answers).value == pytest.approx(want)
+
+
+@pytest.mark.parametrize("cases", CASES_OF)
+def test_calibration_error_is_that_of_scikit_learn_s_bins(cases: int) -> None:
+    """`calibration_curve` gives each bin's mean confidence and share of right answers."""
+    curve = pytest.importorskip("sklearn.calibration").calibration_curve
+    rng = np.random.default_rng(11)
+    for _ in range(cases):
+        n, classes = int(rng.integers(1, 40)), int(rng.integers(2, 4))
+        shares, answers = rng.dirichlet(np.ones(classes), n), rng.integers(0, classes, n)
+        confidence, right = shares.max(axis=1), shares.argmax(axis=1) == answers
+        share_right, mean = curve(right, confidence, n_bins=15, pos_label=True)
+        sizes = np.bincount(np.minimum((confidence * 15).astype(int), 14), minlength=15)
+        want = (sizes[sizes > 0] / n * np.abs(share_right - mean)).sum()
         assert metrics.calibration_error(shares, answers).value == pytest.approx(want)
 
 

@@ -23,6 +23,8 @@ def evaluate(
     limit: int = 0,
     run_code: bool = False,
     seed: int = 0,
+    shots: int = 0,
+    leaks: bool = False,
     out: str | Path | None = None,
     say: Say = quiet,
 ) -> dict[str, Any]:
@@ -30,16 +32,21 @@ def evaluate(
 
     Returns {"format", "model", "tasks", "rows", "details"}: a row is {task, metric, value, ci95,
     n}, and, with a second model `against`, {…, against, difference, difference_ci95, p}: this model
-    minus that one on the same items. `limit`: the first items of each task. `run_code`: programs
-    that a model writes may be run (`tasks.sandbox`). `out`: a new folder for
-    evaluation.json and each task's answers. Raises UserError before a model is asked anything.
+    minus that one on the same items. `limit`: the first items of each task. `shots`: so many items
+    of a task, drawn by `seed`, stand answered before each of the others. `leaks`: what share of the
+    items stands in what the run was trained on is a score, too. `run_code`: programs that a model
+    writes may be run (`tasks.sandbox`). `out`: a new folder for evaluation.json and each task's
+    answers. Raises UserError before a model is asked anything.
     """
+    from jaxlm.loading import is_run
     from jaxlm.tasks import answers, task
 
     if not tasks:
         raise UserError("--task: expected a task, as in --task=imdb=reviews.csv")
     if out is not None and Path(out).exists() and any(Path(out).iterdir()):
         raise UserError(f"--out: {out} is not empty")
+    if leaks and not is_run(Path(source)):
+        raise UserError(f"--leaks: {source} is no run's folder: what it was trained on is unknown")
     read: dict[str, tuple[task.Task, list[task.Item]]] = {}
     for text in tasks:
         name, _, path = text.partition("=")
@@ -49,7 +56,8 @@ def evaluate(
             raise UserError(f"--task: {label} is there twice")
         if found.kind == "code" and not run_code:
             raise UserError(f"task {label}: runs what the model writes; allow it by --run-code")
-        read[label] = found, task.read(found, path, limit)
+        items = task.read(found, path, limit)
+        read[label] = found, task.with_shots(found, items, shots, seed)
         say(f"{label}: {len(read[label][1]):,} items")
     model = from_pretrained(source)
     other = None if against is None else from_pretrained(against)
@@ -59,7 +67,10 @@ def evaluate(
         mine = answers.answer(found, items, model)
         theirs = None if other is None else answers.answer(found, items, other)
         details[label] = mine.details
-        rows += _rows(label, mine.scores, theirs.scores if theirs else {}, seed)
+        scores = dict(mine.scores)
+        if leaks:
+            scores["", "leaked"] = _leaked(label, items, Path(source), say)
+        rows += _rows(label, scores, theirs.scores if theirs else {}, seed)
         if out is not None:
             for record in mine.records:
                 append_jsonl(Path(out) / f"{_file(label)}.jsonl", record)
@@ -68,6 +79,19 @@ def evaluate(
     if out is not None:
         write_json(Path(out) / "evaluation.json", result)
     return result
+
+
+def _leaked(label: str, items: Any, folder: Path, say: Say) -> Any:
+    """The share of the items that stand in what the run was trained on."""
+    from jaxlm.evaluate import intervals
+    from jaxlm.tasks import leaks
+
+    found = leaks.leaked(items, leaks.trained_on(folder))
+    if any(found):
+        first = found.index(True)
+        say(f"{label}: {sum(found):,} of {len(found):,} items stand in the training text, the first"
+            f" is number {first}: its scores are not to be trusted")  # fmt: skip
+    return intervals.mean_of(found)
 
 
 def _rows(label: str, mine: Any, theirs: Any, seed: int) -> list[Row]:

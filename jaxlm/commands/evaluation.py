@@ -21,7 +21,11 @@ def _flags_evaluate(values: flags.FlagValues) -> None:
     flags.DEFINE_string("against", None, "a second model on the same items", flag_values=values)
     flags.DEFINE_integer("limit", 0, "items of each task; 0: all", 0, flag_values=values)
     flags.DEFINE_boolean("run-code", False, "run programs that a model writes", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the resamples", flag_values=values)
+    flags.DEFINE_integer(
+        "shots", 0, "items that stand answered before each of the others", 0, flag_values=values
+    )
+    flags.DEFINE_boolean("leaks", False, "look for items in the training text", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the resamples, and of shots", flag_values=values)
     flags.DEFINE_string("out", None, "new folder for scores and answers", flag_values=values)
     flags.DEFINE_boolean("list", False, "the tasks that come with jaxlm", flag_values=values)
     flags.DEFINE_boolean("json", False, "one JSON row a line", flag_values=values)
@@ -47,7 +51,7 @@ def _evaluate(values: Flags, overrides: list[tuple[str, str]]) -> int:
             values["workdir"], values["lm-eval"], include=values["include"], limit=values["limit"]
         )
     else:
-        how = {n: values[n] for n in ("against", "limit", "seed", "out")}
+        how = {n: values[n] for n in ("against", "limit", "shots", "leaks", "seed", "out")}
         how["run_code"] = values["run-code"]
         found = api.evaluate(values["workdir"], values["task"], say=out.say, **how)
     if values["json"]:

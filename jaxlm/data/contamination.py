@@ -7,7 +7,7 @@ where an evaluation text is shorter, all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jaxlm.data.units import hashes, is_spaceless, units
@@ -37,3 +37,18 @@ def grams(texts: Iterable[str]) -> Grams:
             if n >= MIN_UNITS:
                 found.setdefault(n, set()).update(hashes(sequence, n))
     return Grams({n: frozenset(found[n]) for n in sorted(found)})
+
+
+def leaked(texts: Sequence[str], documents: Iterable[str]) -> list[bool]:
+    """Of each evaluation text, whether a document holds it."""
+    of_each = [grams([text]).by_length for text in texts]
+    wanted: dict[int, set[int]] = {}
+    for own in of_each:
+        for n, hashed in own.items():
+            wanted.setdefault(n, set()).update(hashed)
+    seen: dict[int, set[int]] = {n: set() for n in wanted}
+    for document in documents:
+        sequence = units(document)
+        for n, known in wanted.items():
+            seen[n] |= known.intersection(hashes(sequence, n))
+    return [any(not seen[n].isdisjoint(known) for n, known in own.items()) for own in of_each]

@@ -6,11 +6,14 @@ A task is one small Python file with `get_task() -> Task`; `shipped` has some re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from jaxlm import pyfile
+from jaxlm.data.units import is_spaceless
 from jaxlm.evaluate import metrics
 from jaxlm.schema import UserError, hint
 
@@ -112,6 +115,33 @@ def read(task: Task, path: str, limit: int = 0) -> list[Item]:
     if not items:
         raise UserError(f"task {task.name}: no items in {path}")
     return items
+
+
+def with_shots(task: Task, items: list[Item], shots: int, seed: int) -> list[Item]:
+    """The items but for `shots` of them, which stand answered before each of the others, an empty
+    line between them. Raises UserError where too few are left, or a task has no prompts."""
+    if not shots:
+        return items
+    if task.kind not in ("choose", "complete", "write"):
+        raise UserError(f"--shots: task {task.name} has nothing to show how it is answered")
+    if shots >= len(items):
+        raise UserError(f"--shots: {shots} of the {len(items)} items of task {task.name}")
+    drawn = np.random.default_rng(seed).choice(len(items), shots, replace=False).tolist()
+    shown = "".join(f"{_answered(items[i])}\n\n" for i in drawn)
+    return [
+        replace(item, prompt=shown + item.prompt, text=item.text or item.prompt)
+        for i, item in enumerate(items)
+        if i not in set(drawn)
+    ]
+
+
+def _answered(item: Item) -> str:
+    """An item's prompt and what is right; a blank stands between them where the prompt ends in a
+    letter or sign and the answer begins with one."""
+    right = item.choices[item.answer] if item.choices else item.references[0]
+    blank = "" if not item.prompt or right[:1].isspace() or item.prompt[-1].isspace() else " "
+    blank = "" if is_spaceless(item.prompt) else blank
+    return f"{item.prompt}{blank}{right}".strip()
 
 
 def _wrong(task: Task, item: Item) -> str:
