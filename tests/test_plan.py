@@ -21,6 +21,7 @@ from jaxlm.model.presets import preset
 from jaxlm.model.scale import size
 from jaxlm.planning import analysis, hlo, roofline, search, steps, target, wall
 from jaxlm.planning.hlo import Collective
+from jaxlm.scaling import lint
 from jaxlm.schema import UserError
 
 AOT = Path(__file__).parents[1] / "docs" / "results"
@@ -244,6 +245,22 @@ def test_a_sweeps_time_is_a_schedule_of_its_runs():
     often = replace(one, train=replace(train, eval_every=5))
     assert wall._seconds(often, 10, ends) == 10 * 1 + 2 * 2.0
     assert [c.model.d_model for c in wall._spread([four, one, two, one])] == [16, 32, 64]
+
+
+def test_the_ladder_for_a_pod_slice_lints_and_has_a_bill():
+    """Every run's time is its FLOPs, as N and D give them, over what 256 GPUs do at 40 %; reckoned,
+    since no compiler is needed to see that it would run."""
+    sweep = load(Path(__file__).parents[1] / "experiments" / "scaling_tpu.py")
+    found = lint.lint(sweep)
+    assert [w for w in found.warnings if "a far bet" not in w] == []
+    assert sweep.holdout_flops / max(r.flops for r in found.rows if r.role != "holdout") >= 10
+    plan = api.plan(sweep, topology="h100:8", slices=32, price=2.0)
+    assert all(step["fits"] for step in plan["steps"])
+    flops = sum(6 * r.params_effective * r.tokens for r in found.rows)
+    chips_hours = sum(step["hours"] for step in plan["steps"]) * 256
+    expected = flops / (0.4 * chips.topology("h100:8").chip.flops_per_s) / 3600
+    assert chips_hours == pytest.approx(expected, rel=1e-6)
+    assert sum(step["price"] for step in plan["steps"]) == pytest.approx(2 * expected, rel=1e-6)
 
 
 def test_the_presets_of_chips_are_options_of_their_compiler():
