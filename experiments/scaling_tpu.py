@@ -69,7 +69,7 @@ def get_sweep() -> Sweep:
         ),
         holdout_flops=3.1e20,
         holdout_shapes=sizes(24, 26, 28, 30, 32, 34, 36),
-        estimator="approach2",
+        estimator="approach3",
         branches=True,  # one constant-rate trunk per size
         sample_prompts=("The ", "In ", "def "),
     )

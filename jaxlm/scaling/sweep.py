@@ -155,8 +155,6 @@ def fit_ladder(sweep: Sweep, folder: Path, planned: Sequence[Member], say: Say) 
     )
     result["left_out"] = foresight.left_out(points, curves)
     result["warnings"] += after(sweep, rows, result)
-    if sweep.holdout_flops:
-        result["warnings"] += foresight.doubts(result["left_out"], sweep.estimator)
     write_json(path, {**result, "inputs": inputs})
     return read_json(path, "fit")
 
