@@ -207,8 +207,7 @@ class Slots:
         row = self._rows[i]
         size = _chunk(row.unread)
         ids = row.ids[row.held : row.held + min(size, row.unread)]
-        padded = np.zeros(size, np.int32)
-        padded[: len(ids)] = ids
+        padded = np.pad(np.array(ids, np.int32), (0, size - len(ids)), "edge")
         read = _reader(self.config, self._visible(row.held + size), self.mesh)
         self._cache = read(self._laid, self._cache, np.int32(i), padded, np.int32(row.held))
         row.held += len(ids)
