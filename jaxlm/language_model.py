@@ -18,8 +18,9 @@ from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate import likelihood
-from jaxlm.generate import beams, decode, watch
+from jaxlm.generate import decode, watch, written
 from jaxlm.generate.sampling import Sampling
+from jaxlm.generate.written import Continuation
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
 from jaxlm.schema import UserError, from_dict
@@ -111,38 +112,64 @@ class LanguageModel:
         for sampling with beams, and for an encoder.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        how = from_dict(Sampling, sampling, "sampling")
-        if num_return_sequences < 1:
-            raise UserError(
-                f"num_return_sequences: expected at least 1, got {num_return_sequences}"
+        full = return_full_text and self.config.architecture != "encoder_decoder"
+        lengths = {"max_new_tokens": max_new_tokens, "max_length": max_length}
+        if num_beams == 1:
+            found = self.continuations(
+                prompts, **lengths, num_return_sequences=num_return_sequences, stop=stop, **sampling
             )
-        if num_beams > 1 and (sampling or num_return_sequences > num_beams):
-            raise UserError("num_beams: expected no sampling and no more texts than beams")
+            texts = [[said.text for said in of] for of in found]
+        else:
+            if sampling or not 1 <= num_return_sequences <= num_beams:
+                raise UserError("num_beams: expected no sampling and no more texts than beams")
+            texts = [[] for _ in prompts]
+            for limit, rows, ids in self._by_limit(prompts, **lengths):
+                given = ids, limit, num_beams, length_penalty, stop
+                with jax.set_mesh(self.mesh):
+                    best = written.best(self.config, self.params, self.tokenizer, *given)
+                for i, of in zip(rows, best, strict=True):
+                    texts[i] = of[:num_return_sequences]
+        before = prompts if full else [""] * len(prompts)
+        return [[p + text for text in of] for p, of in zip(before, texts, strict=True)]
+
+    def continuations(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        num_return_sequences: int = 1,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> list[list[Continuation]]:
+        """As `generate`, without beams: what follows each prompt, with its tokens, their
+        log-probabilities and why it ends. Where there is a `stop`, rows end soon after it was said,
+        not only their texts."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        how, n = from_dict(Sampling, sampling, "sampling"), num_return_sequences
+        if n < 1:
+            raise UserError(f"num_return_sequences: expected at least 1, got {n}")
+        out: list[list[Continuation]] = [[] for _ in prompts]
+        for limit, rows, ids in self._by_limit(prompts, max_new_tokens, max_length):
+            given = [prompt for prompt in ids for _ in range(n)], limit, how, stop
+            with jax.set_mesh(self.mesh):
+                found = written.continuations(self.config, self.params, self.tokenizer, *given)
+            for k, i in enumerate(rows):
+                out[i] = found[k * n : (k + 1) * n]
+        return out
+
+    def _by_limit(
+        self, prompts: Sequence[str], max_new_tokens: int | None, max_length: int | None
+    ) -> list[tuple[int, list[int], list[np.ndarray]]]:
+        """Prompts that may go on by as many tokens: how many, which prompts, their ids."""
         self._need("generate text", "decoder", "encoder_decoder")
         both = self.config.architecture == "encoder_decoder"
         encode = self.tokenizer.encode_with_special
         ids = [encode(p) if both else self._begun(self.tokenizer.encode(p)) for p in prompts]
         counted = [1 if both else len(i) for i in ids]  # a decoder's start is one token
-        limits = _limits(counted, max_new_tokens, max_length)
-        texts: list[list[str]] = [[] for _ in prompts]
-        for limit in sorted(set(limits)):
-            rows = [i for i, m in enumerate(limits) if m == limit]
-            copies = [i for i in rows for _ in range(num_return_sequences)]
-            eos = self.tokenizer.eos_id
-            with jax.set_mesh(self.mesh):
-                if num_beams > 1:
-                    given = [ids[i] for i in rows], limit, eos, num_beams, length_penalty
-                    best = beams.search(self.config, self.params, *given)
-                    found = [answer for of in best for answer in of[:num_return_sequences]]
-                else:
-                    wanted = [ids[i] for i in copies], limit, eos, how
-                    found = decode.generate(self.config, self.params, *wanted)
-            for i, more in zip(copies, found, strict=True):
-                before = ids[i][:0] if both else ids[i]
-                text = decode.until(decode.follows(self.tokenizer, before, more), stops)
-                texts[i].append(prompts[i] + text if return_full_text and not both else text)
-        return texts
+        limits = written.limits(counted, max_new_tokens, max_length)
+        groups = [(m, [i for i, n in enumerate(limits) if n == m]) for m in sorted(set(limits))]
+        return [(limit, rows, [ids[i] for i in rows]) for limit, rows in groups]
 
     def score(
         self, texts: str | Sequence[str], given: str | Sequence[str] | None = None
@@ -253,21 +280,18 @@ class LanguageModel:
         with jax.set_mesh(self.mesh):
             run = _inspected(self.config, self.mesh)
             maps, logits = run(self.params, *_placed([ids], self.mesh))
-        t = len(ids)
-        none: Any = ()
+        t, none = len(ids), np.zeros((0, 0))
+        spelled = functools.partial(watch.token_text, self.tokenizer)
         share_tv = none if logits is None else np.asarray(jax.nn.softmax(logits[0, :t]))
         best = [np.argsort(-row)[:top] for row in share_tv]
         return {
-            "tokens": [{"id": int(i), "text": self._spelled(int(i))} for i in ids],
+            "tokens": [{"id": int(i), "text": spelled(int(i))} for i in ids],
             "maps": np.asarray(maps)[:, 0, :, :t, :t],
             "next": [
-                [[self._spelled(int(i)), float(row[i])] for i in order]
+                [[spelled(int(i)), float(row[i])] for i in order]
                 for row, order in zip(share_tv, best, strict=True)
             ],
         }
-
-    def _spelled(self, i: int) -> str:
-        return watch.token_text(self.tokenizer, i)
 
     def _begun(self, ids: np.ndarray, otherwise: int | None = None) -> np.ndarray:
         first = otherwise if self.bos_id is None else self.bos_id
@@ -280,17 +304,6 @@ class LanguageModel:
     def _check(self, ids: Sequence[np.ndarray], where: str) -> None:
         # asked are ids and positions only, and those of an encoder are a decoder's
         decode.check(replace(self.config, architecture="decoder"), ids, 1, where)
-
-
-def _limits(lengths: list[int], new: int | None, whole: int | None) -> list[int]:
-    if new is not None and whole is not None:
-        raise UserError("max_length and max_new_tokens: expected one of them, got both")
-    if whole is None:
-        return [64 if new is None else new] * len(lengths)
-    for i, n in enumerate(lengths):
-        if n >= whole:
-            raise UserError(f"max_length: {whole}, but prompts[{i}] has {n} tokens already")
-    return [whole - n for n in lengths]
 
 
 def _buckets(lengths: Sequence[int], vocab: int = 1) -> list[tuple[list[int], int]]:
@@ -347,10 +360,8 @@ def _embedded(config: ModelConfig, pooling: Pooling, devices: Any) -> Any:
     del devices
 
     def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> jax.Array:
-        where_bt = jnp.broadcast_to(
-            jnp.arange(tokens_bt.shape[1], dtype=jnp.int32), tokens_bt.shape
-        )
-        x_btd = transformer.hidden(config, params, tokens_bt, where_bt, segments_bt)
+        at_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32), tokens_bt.shape)
+        x_btd = transformer.hidden(config, params, tokens_bt, at_bt, segments_bt)
         x_btd = x_btd.astype(jnp.float32)
         if pooling.first:
             y_bd = x_btd[:, 0]

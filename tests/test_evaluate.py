@@ -19,7 +19,7 @@ import jaxlm
 from jaxlm import api
 from jaxlm.data import documents
 from jaxlm.data.rows import rows
-from jaxlm.generate import decode
+from jaxlm.generate import written
 from jaxlm.schema import UserError
 from jaxlm.tasks import answers, sandbox, shipped, task
 from jaxlm.tasks.task import Item, Task
@@ -121,7 +121,7 @@ def test_written_answers_end_where_they_should(gpt2, tmp_path: Path) -> None:
     assert answered("\x00") == said
     assert answered("\x00", said[0][1]) == [t.split(said[0][1])[0].strip() for t in said]
     chosen = Task("t", "write", lambda path: items, ("exact_match", "f1"), max_new_tokens=6)
-    assert decode.until("one\ntwo. three", (". ", "", "\n")) == "one"
+    assert written.until("one\ntwo. three", (". ", "", "\n")) == "one"
     too_long = [Item("a fish " * 30, references=("x",))]
     with pytest.raises(UserError, match=r"item 0 has .* tokens"):
         answers.answer(chosen, too_long, gpt2)

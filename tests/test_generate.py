@@ -222,18 +222,54 @@ def test_eight_devices_say_what_one_says():
     np.testing.assert_allclose([share for _, share in top], p[[i for i, _ in top]], rtol=1e-4)
 
 
-def test_other_lengths_and_settings_do_not_compile_again(monkeypatch):
+def test_growing_prompts_and_other_settings_seldom_compile_again():
+    config = dataclasses.replace(TINY, n_layers=1)
+    params, how = make_params(config), Sampling(0.5, top_k=3)
+    for n in range(1, 33):
+        prompt = np.arange(n, dtype=np.int32)
+        way = dataclasses.replace(how, top_k=n, top_p=1 / n, seed=n)
+        decode.generate(config, params, [prompt], 9 + n % 8, n % 5, way)
+    here = jax.sharding.get_mesh()
+    programs = (
+        decode._starter(config, 16, here),
+        decode._decoder(config, sampling.method([how]), here),
+    )
+    assert [program._cache_size() for program in programs] == [2, 2]  # 16 tokens, and 32
+
+
+@pytest.mark.parametrize("how", [Sampling(0.0), Sampling(1.5, seed=3, presence_penalty=1.0)])
+def test_answers_come_with_the_models_log_probabilities(how):
     params = make_params(TINY)
-    decode.generate(TINY, params, PROMPTS, 9, None, Sampling(top_k=3))
+    for prompt, answer in zip(
+        PROMPTS, decode.answers(TINY, params, PROMPTS, 12, 3, how), strict=True
+    ):
+        assert answer.ended == (len(answer.ids) < 12) and answer.log_probs.dtype == np.float32
+        whole = [*prompt, *answer.ids]
+        want = [
+            np.log(probabilities(TINY, params, whole[: len(prompt) + t])[i])
+            for t, i in enumerate(answer.ids)
+        ]
+        np.testing.assert_allclose(answer.log_probs, want, atol=1e-4)
 
-    def traced(*_):
-        raise InterruptedError
 
-    monkeypatch.setattr(sampling, "choose", traced)
-    other = [np.arange(n, dtype=np.int32) for n in (1, 11, 16, 3)]
-    decode.generate(TINY, params, other, 14, 7, Sampling(top_k=5, temperature=0.5, seed=9))
-    with pytest.raises(InterruptedError):
-        decode.generate(TINY, params, other, 17, 7, Sampling(top_k=5))
+def test_rows_of_which_there_is_enough_end_early():
+    params = make_params(TINY)
+    whole = decode.answers(TINY, params, PROMPTS, 40, None, Sampling(0.0))
+    asked = []
+
+    def enough(i: int, ids: np.ndarray) -> bool:
+        asked.append((i, len(ids)))
+        return i != 1
+
+    found = decode.answers(TINY, params, PROMPTS, 40, None, Sampling(0.0), enough)
+    assert [len(a.ids) for a in found] == [16, 40, 16]
+    assert [a.ended for a in found] == [True, False, True]
+    for a, b in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids[: len(a.ids)])
+        np.testing.assert_allclose(a.log_probs, b.log_probs[: len(a.ids)], atol=1e-5)
+    assert asked == [(0, 16), (1, 16), (2, 16), (1, 32)]
+    found = decode.answers(TINY, params, PROMPTS, 40, None, Sampling(0.0), lambda i, ids: True)
+    assert [len(a.ids) for a in found] == [16, 16, 16]
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -257,6 +293,36 @@ def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
     return stats.chisquare(*(x[merged[1] > 0] for x in merged)).pvalue
 
 
+FILTERS = {
+    "temperature": Sampling(0.7),
+    "top-k": Sampling(1.3, top_k=7),
+    "top-p": Sampling(1.3, top_p=0.8),
+    "min-p": Sampling(1.3, min_p=0.1),
+    "typical-p": Sampling(1.3, typical_p=0.7),
+    "all": Sampling(1.6, top_k=12, top_p=0.9, min_p=0.05, typical_p=0.9),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_hundred_thousand_draws_follow_what_the_filters_leave(name):
+    how, params = FILTERS[name], make_params(TINY)
+    counts, copies = np.zeros(32, int), [PROMPTS[1]] * 4096
+    for seed in range(25):
+        way = dataclasses.replace(how, seed=seed)
+        drawn = decode.generate(TINY, params, copies, 1, None, way)
+        counts += np.bincount(np.ravel(drawn), minlength=32)
+    assert counts.sum() == 102_400
+    logits = next_logits(TINY, params, PROMPTS[1])
+    weights = np.exp((logits.astype(np.float64) - logits.max()) / how.temperature)
+    kept = np.isin(np.arange(32), list(support(logits, how)))
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(kept))
+    p = np.where(kept, weights, 0)
+    assert chi_square(counts, p / p.sum()) > 1e-3
+    skewed = p**1.1  # it can tell
+    assert chi_square(counts, skewed / skewed.sum()) < 1e-6
+
+
 def test_a_step_draws_given_what_was_drawn_before():
     params = make_params(TINY)
     drawn = np.array(decode.generate(TINY, params, [PROMPTS[1]] * 4096, 2, None, Sampling(seed=2)))
@@ -272,7 +338,14 @@ def support(logits: np.ndarray, how: Sampling) -> set[int]:
     weights = np.exp((logits[order].astype(np.float64) - logits.max()) / how.temperature)
     reached = np.cumsum(weights / weights.sum())
     n = int(np.argmax(reached >= how.top_p - 1e-12)) + 1 if how.top_p < 1 else len(order)
-    return {i for i, w in zip(order[:n], weights, strict=False) if w >= how.min_p}
+    kept = [i for i, w in zip(order[:n], weights, strict=False) if w >= how.min_p]
+    if how.typical_p == 1:
+        return set(kept)
+    log_p = (logits[kept].astype(np.float64) - logits.max()) / how.temperature
+    log_p -= np.log(np.exp(log_p).sum())
+    nearest = np.argsort(np.abs(-log_p + np.sum(np.exp(log_p) * log_p)))
+    reached = np.cumsum(np.exp(log_p)[nearest])
+    return {kept[i] for i in nearest[: int(np.argmax(reached >= how.typical_p - 1e-12)) + 1]}
 
 
 def choose(logits: np.ndarray, how: list[Sampling], streams, prompts=None) -> np.ndarray:
@@ -287,7 +360,7 @@ def choose(logits: np.ndarray, how: list[Sampling], streams, prompts=None) -> np
 
 def test_supports_of_filters_are_exact():
     rng = np.random.default_rng(0)
-    ranked = jax.jit(sampling.ranked)
+    ranked, typical = jax.jit(sampling.ranked), jax.jit(sampling.typical)
     for _ in range(200):
         logits = rng.normal(0, 3, 50).astype(np.float32)
         logits[rng.integers(0, 50, 5)] = logits[0]  # ties: the lower id first
@@ -296,17 +369,20 @@ def test_supports_of_filters_are_exact():
         for case in ((top_k, 1.0, 0.0), (50, top_p, 0.0), (50, 1.0, min_p), (top_k, top_p, min_p)):
             order, kept = (np.asarray(a) for a in ranked(logits, temperature, *case))
             assert set(order[np.isfinite(kept)]) == support(logits, Sampling(temperature, *case))
+            how = Sampling(temperature, *case, typical_p=top_p)
+            left = np.isfinite(typical(kept, top_p))
+            assert set(order[left]) == support(logits, how)
 
 
 def test_rows_are_chosen_each_in_its_own_way():
-    logits = np.random.default_rng(1).normal(0, 2, (6, 40)).astype(np.float32)
+    logits = np.random.default_rng(1).normal(0, 2, (7, 40)).astype(np.float32)
     how = [
         Sampling(0.0), Sampling(1.5, top_k=3), Sampling(1.0), Sampling(0.7, top_p=0.5),
-        Sampling(2.0, min_p=0.3), Sampling(0.0, frequency_penalty=9.0),
+        Sampling(2.0, min_p=0.3), Sampling(0.0, frequency_penalty=9.0), Sampling(1.2, typical_p=0.4),
     ]  # fmt: skip
-    streams = sampling.streams([np.array([i]) for i in range(6)], 3)
+    streams = sampling.streams([np.array([i]) for i in range(7)], 3)
     together = choose(logits, how, streams)
-    alone = [choose(logits[i : i + 1], how[i : i + 1], streams[i : i + 1])[0] for i in range(6)]
+    alone = [choose(logits[i : i + 1], how[i : i + 1], streams[i : i + 1])[0] for i in range(7)]
     assert together.tolist() == [int(i) for i in alone]
     assert together[0] == logits[0].argmax() and together[5] == logits[5].argmax()
 
@@ -418,6 +494,7 @@ def test_every_token_is_readable():
         ([1], 4, {"top_k": -3}, "top_k: expected 0 .* got -3"),
         ([1], 4, {"top_k": 0.5}, "top_k: expected int, got 0.5"),
         ([1], 4, {"min_p": 1.5}, "min_p: expected 0 .* got 1.5"),
+        ([1], 4, {"typical_p": 0.0}, "typical_p: expected above 0 .* got 0.0"),
         ([1], 4, {"repetition_penalty": 0.0}, "repetition_penalty: .* got 0.0"),
         ([1], 4, {"logit_bias": ((99, 1.0),)}, r"logit_bias: expected token ids in 0 … 31"),
     ],

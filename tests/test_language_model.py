@@ -93,6 +93,31 @@ def test_generate_obeys_every_argument(gpt2, words: tokenizer.Subword) -> None:
             gpt2.generate(prompts[0], **bad)
 
 
+def test_continuations_tell_what_was_said_how_likely_it_was_and_why_it_ended(gpt2, words) -> None:
+    how = {"max_new_tokens": 18, "temperature": 0}
+    [[said]] = gpt2.continuations("the sky", **how)
+    assert [[said.text]] == gpt2.generate("the sky", return_full_text=False, **how)
+    prompt = words.encode("the sky")
+    assert words.decode([*prompt, *said.token_ids]) == "the sky" + said.text
+    logits = gpt2.logits(np.concatenate([prompt, said.token_ids])[None])[0]
+    log_p = np.asarray(jax.nn.log_softmax(logits))[len(prompt) - 1 : -1]
+    want = log_p[np.arange(len(said.token_ids)), said.token_ids]
+    np.testing.assert_allclose(said.log_probs, want, atol=1e-4)
+    assert said.finish_reason == "length" and len(said.token_ids) == 18
+
+    stop = said.text[3:6]
+    [[short], [other]] = gpt2.continuations(["the sky", "a"], stop=["", stop], **how)
+    assert short.finish_reason == "stop" and short.text == said.text[: said.text.find(stop)]
+    n = len(short.token_ids)
+    assert short.token_ids.tolist() == said.token_ids[:n].tolist() and n < 18
+    assert stop in words.decode([*prompt, *short.token_ids])
+    assert stop not in words.decode([*prompt, *short.token_ids[:-1]])[len("the sky") :]
+    assert len(short.log_probs) == n and stop not in other.text
+    found = gpt2.continuations(["the", "a"], num_return_sequences=2, max_length=8, seed=1)
+    again = gpt2.generate(["the", "a"], num_return_sequences=2, max_length=8, seed=1)
+    assert again == [[p + c.text for c in of] for p, of in zip(["the", "a"], found, strict=True)]
+
+
 def test_an_encoder_decoder_writes_what_transformers_would(words, tmp_path: Path) -> None:
     """T5, greedily: each token is the most likely one after the start and those before."""
     t5 = Path(shutil.copytree(GOLDEN / "t5", tmp_path / "t5"))

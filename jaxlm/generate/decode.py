@@ -1,4 +1,4 @@
-"""What a model says after a prompt: prefill and cached steps as one program.
+"""What a model says after a prompt: one program reads it, one makes all cached steps.
 
 Prompts stand left-padded in slots 0 … t, so that all end together; padding has segment 0 and sees
 nothing that a prompt sees. Shapes grow in powers of two: another length seldom compiles again.
@@ -7,7 +7,7 @@ nothing that a prompt sees. Shapes grow in powers of two: another length seldom 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from jax import P
 
 from jaxlm import mesh
 from jaxlm.config import ModelConfig
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate import layout
 from jaxlm.generate import sampling as draws
 from jaxlm.generate.sampling import Knobs, Method, Said, Sampling
@@ -29,6 +28,7 @@ from jaxlm.schema import UserError
 from jaxlm.train.objectives import START
 
 SLOTS = 16  # the fewest, of prompts and of new tokens
+PIECE = 16  # new tokens between two questions whether there are enough
 _NONE = -1  # in place of a token: nothing follows
 
 
@@ -39,15 +39,15 @@ class Prompts(NamedTuple):
     lengths_b: Any  # int32
 
 
-class Choice(NamedTuple):
-    """What each row's next token depends on besides its logits."""
-
-    streams_b2: Any  # uint32, see `sampling.streams`
-    knobs: Knobs
-    said: Said
-
-
 # ---------------------------------------------------------------------------------------- generate
+
+
+class Answer(NamedTuple):
+    """What follows a prompt."""
+
+    ids: np.ndarray  # int32 [tokens]; the end-of-text token is not among them
+    log_probs: np.ndarray  # float32 [tokens], of the model: before bias, penalties and the rest
+    ended: bool  # before `max_new_tokens`
 
 
 def generate(
@@ -58,10 +58,25 @@ def generate(
     eos_id: int | None,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
 ) -> list[np.ndarray]:
-    """The tokens that follow each prompt.
+    """The tokens that follow each prompt: `answers` without anything else."""
+    found = answers(config, params, prompts, max_new_tokens, eos_id, sampling)
+    return [answer.ids for answer in found]
 
-    `prompts` are int [tokens], of any lengths; the mesh that `params` lie on must be set. Returns
-    int32 arrays: `max_new_tokens` tokens, or fewer where `eos_id` came (it is not among them).
+
+def answers(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    eos_id: int | None,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    enough: Callable[[int, np.ndarray], bool] | None = None,
+) -> list[Answer]:
+    """What follows each prompt.
+
+    `prompts` are int [tokens], of any lengths; the mesh that `params` lie on must be set. Answers
+    have `max_new_tokens` tokens, or fewer where `eos_id` came or where `enough(i, ids)` said of the
+    i-th answer so far that nobody needs more; it is asked every `PIECE` tokens.
     The j-th copy of a prompt is continued in the same way under the same seed, whatever else is in
     the batch. An encoder–decoder reads the prompt and begins anew. Rotary models and those without
     positions may pass `seq_len`, for whatever they say there.
@@ -73,42 +88,25 @@ def generate(
     sampling = draws.validate(sampling, config.vocab_size)
     if not prompts:
         return []
-    method = draws.method([sampling])
-    run = _decoder(config, slots(max_new_tokens), method, jax.sharding.get_mesh())
-    out_bn = run(
-        params,
-        place(prompts),
-        _choice(config, prompts, sampling, method),
-        np.int32(max_new_tokens),
-        np.int32(_NONE if eos_id is None else eos_id),
-    )
-    rows = np.asarray(out_bn)[: len(prompts), :max_new_tokens]
-    return [row[: np.argmax(row == _NONE)] if _NONE in row else row for row in rows]
-
-
-def continue_text(
-    config: ModelConfig,
-    params: Params,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008
-) -> list[str]:
-    """The text that follows each prompt, which itself is not repeated. As `generate`."""
-    ids = tokenizer.encode_batch(prompts)
-    new = generate(config, params, ids, max_new_tokens, tokenizer.eos_id, sampling)
-    return [follows(tokenizer, a, b) for a, b in zip(ids, new, strict=True)]
-
-
-def follows(tokenizer: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:
-    """Text of `new` after `prompt`: some tokenizers drop the space before a text's first word."""
-    whole, before = tokenizer.decode(np.concatenate([prompt, new])), tokenizer.decode(prompt)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
-
-
-def until(text: str, stops: Sequence[str]) -> str:
-    """`text` before the first of `stops` in it."""
-    return text[: min((i for i in map(text.find, filter(None, stops)) if i >= 0), default=None)]
+    method, devices = draws.method([sampling]), jax.sharding.get_mesh()
+    streams_b2, knobs, said = _choice(config, prompts, sampling, method)
+    begun, running = _starter(config, slots(max_new_tokens), devices)(params, place(prompts), said)
+    go_on, n = _decoder(config, method, devices), len(prompts)
+    end = np.int32(_NONE if eos_id is None else eos_id)
+    piece = max_new_tokens if enough is None else PIECE
+    for until in range(piece, max_new_tokens + piece, piece):
+        limit = min(until, max_new_tokens)
+        running, found = go_on(begun, running, streams_b2, knobs, np.int32(limit), end)
+        out_bn = np.asarray(found[0])[:, :limit]
+        ids = [row[: np.argmax(row == _NONE)] if _NONE in row else row for row in out_bn]
+        if enough is None or limit == max_new_tokens:
+            break
+        done = [i >= n or len(ids[i]) < limit or enough(i, ids[i]) for i in range(len(ids))]
+        if all(done):
+            break
+        running = running._replace(done_b=_by_row(np.array(done)))
+    rows = zip(ids[:n], np.asarray(found[1])[:n], strict=True)
+    return [Answer(a, log_p[: len(a)], len(a) < max_new_tokens) for a, log_p in rows]
 
 
 def expected(
@@ -162,38 +160,63 @@ def check(
 # ------------------------------------------------------------------------------------- one program
 
 
+class Running(NamedTuple):
+    """A batch between two of its steps."""
+
+    i: jax.Array  # int32, steps made
+    last_b: jax.Array  # int32, what the next step feeds
+    done_b: jax.Array  # bool
+    out_bn: jax.Array  # int32, -1 from a row's end on
+    log_probs_bn: jax.Array  # float32
+    cache: tuple[Cache, ...]
+    said: Said
+
+
 @functools.lru_cache(maxsize=64)
-def _decoder(config: ModelConfig, new: int, method: Method, devices: Any) -> Any:
-    """Jitted (params, prompts, choice, limit, eos_id) → int32 [b, new], -1 from a row's end on."""
+def _starter(config: ModelConfig, new: int, devices: Any) -> Any:
+    """Jitted (params, prompts, said) → what stays the same, and the batch before its first step."""
     del devices  # part of the key: traced for the mesh that is set
 
+    def start(params: Params, prompts: Prompts, said: Said) -> tuple[Begun, Running]:
+        begun, shape = begin(config, params, prompts, new), (prompts.lengths_b.shape[0], new)
+        out_bn = jnp.full(shape, _NONE, jnp.int32, out_sharding=spec(("batch", None)))
+        log_probs_bn = jnp.zeros(shape, jnp.float32, out_sharding=spec(("batch", None)))
+        rows = begun.last_b, begun.lengths_b == 0, out_bn, log_probs_bn
+        return begun._replace(cache=()), Running(jnp.int32(0), *rows, begun.cache, said)
+
+    return jax.jit(start)
+
+
+@functools.lru_cache(maxsize=64)
+def _decoder(config: ModelConfig, method: Method, devices: Any) -> Any:
+    """Jitted (begun, running, streams_b2, knobs, limit, eos_id) → running after `limit` steps, or
+    when all are done; its tokens and their log-probabilities, on every host."""
+    del devices
+
     def decode(
-        params: Params, prompts: Prompts, choice: Choice, limit: jax.Array, eos_id: jax.Array
-    ) -> jax.Array:
-        begun = begin(config, params, prompts, new)
-        b = begun.lengths_b.shape[0]
-        out_bn = jnp.full((b, new), _NONE, jnp.int32, out_sharding=spec(("batch", None)))
+        begun: Begun, running: Running, streams_b2: Any, knobs: Knobs, limit: Any, eos_id: Any
+    ) -> tuple[Running, list[jax.Array]]:
+        def unfinished(running: Running) -> jax.Array:
+            return (running.i < limit) & ~jnp.all(running.done_b)
 
-        def unfinished(carry: Any) -> jax.Array:
-            i, _, done_b, *_ = carry
-            return (i < limit) & ~jnp.all(done_b)
-
-        def step(carry: Any) -> Any:
-            i, last_b, done_b, out_bn, cache, said = carry
+        def step(running: Running) -> Running:
+            i, last_b, done_b, out_bn, log_probs_bn, cache, said = running
             logits_bv, cache = begun.logits(config, i, last_b, cache)
             at_b = begun.lengths_b - 1 + i
-            last_b = draws.choose(method, logits_bv, choice.streams_b2, at_b, choice.knobs, said)
+            last_b = draws.choose(method, logits_bv, streams_b2, at_b, knobs, said)
             done_b = done_b | (last_b == eos_id)
             column_b1 = jnp.where(done_b, _NONE, last_b)[:, None]
             out_bn = jax.lax.dynamic_update_slice(out_bn, column_b1, (0, i))
-            return i + 1, last_b, done_b, out_bn, cache, draws.noted(said, last_b)
+            log_p_b1 = draws.log_probs(logits_bv, last_b)[:, None]
+            log_probs_bn = jax.lax.dynamic_update_slice(log_probs_bn, log_p_b1, (0, i))
+            said = draws.noted(said, last_b)
+            return Running(i + 1, last_b, done_b, out_bn, log_probs_bn, cache, said)
 
-        done_b = begun.lengths_b == 0
-        start = (jnp.int32(0), begun.last_b, done_b, out_bn, begun.cache, choice.said)
-        out_bn = jax.lax.while_loop(unfinished, step, start)[3]
-        return jax.reshard(out_bn, P(None, None))
+        running = jax.lax.while_loop(unfinished, step, running)
+        found = running.out_bn, running.log_probs_bn
+        return running, [jax.reshard(a, P(None, None)) for a in found]
 
-    return jax.jit(decode)
+    return jax.jit(decode, donate_argnums=(1,))
 
 
 class Begun(NamedTuple):
@@ -209,7 +232,7 @@ class Begun(NamedTuple):
     segments_bs: jax.Array
     lengths_b: jax.Array
     last_b: jax.Array  # int32, what the first step feeds
-    first: int  # slot of that
+    first: Any  # slot of that
 
     def logits(
         self, config: ModelConfig, i: jax.Array, last_b: jax.Array, cache: tuple[Cache, ...]
@@ -320,8 +343,8 @@ def place(prompts: Sequence[np.ndarray]) -> Prompts:
 
 def _choice(
     config: ModelConfig, prompts: Sequence[np.ndarray], sampling: Sampling, method: Method
-) -> Choice:
-    """The same sampling for each row of the batch that `place` makes."""
+) -> tuple[Any, Knobs, Said]:
+    """Streams, knobs and what was said: the same sampling for each row of what `place` makes."""
     rows = _rows(len(prompts))
     streams_b2 = np.zeros((rows, 2), np.uint32)
     streams_b2[: len(prompts)] = draws.streams(prompts, sampling.seed)
@@ -330,7 +353,7 @@ def _choice(
     seen += [np.zeros(0, np.int32)] * (rows - len(prompts))
     alike = [sampling] * rows
     said = draws.said(method, seen, alike, config.vocab_size)
-    return _by_row(Choice(streams_b2, draws.knobs(alike, config.vocab_size), said))
+    return _by_row((streams_b2, draws.knobs(alike, config.vocab_size), said))
 
 
 def _by_row(tree: Any) -> Any:

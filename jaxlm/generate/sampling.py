@@ -1,6 +1,7 @@
 """How the next token is chosen from logits, and what makes a choice reproducible.
 
-In this order: logit bias, penalties for what was said already, temperature, top-k, top-p, min-p.
+In this order: logit bias, penalties for what was said already, temperature, top-k, top-p, min-p,
+typical-p.
 Each row of a batch may be chosen in a way of its own.
 """
 
@@ -28,6 +29,9 @@ class Sampling:
     top_k: int = doc(0, "only the k most likely tokens; 0: all")
     top_p: float = doc(1.0, "only the most likely tokens that together reach this probability")
     min_p: float = doc(0.0, "only tokens at least this share as likely as the most likely one")
+    typical_p: float = doc(
+        1.0, "only the tokens about as surprising as usual that together reach this probability"
+    )
     repetition_penalty: float = doc(
         1.0, "divides positive logits of tokens seen (prompt too), multiplies negative ones"
     )
@@ -45,6 +49,7 @@ def validate(sampling: Sampling, vocab_size: int) -> Sampling:
         (s.top_k >= 0, "top_k", "0 (all tokens) or more"),
         (0 < s.top_p <= 1, "top_p", "above 0 and at most 1 (all tokens)"),
         (0 <= s.min_p <= 1, "min_p", "0 (all tokens) to 1"),
+        (0 < s.typical_p <= 1, "typical_p", "above 0 and at most 1 (all tokens)"),
         (0 < s.repetition_penalty < math.inf, "repetition_penalty", "a number above 0 (1: none)"),
         (math.isfinite(s.frequency_penalty), "frequency_penalty", "a finite number"),
         (math.isfinite(s.presence_penalty), "presence_penalty", "a finite number"),
@@ -64,7 +69,8 @@ class Method(NamedTuple):
     """The least computation that does what is asked; each is a program of its own."""
 
     draws: bool  # else every row takes its most likely token
-    filters: bool  # top-k, top-p, min-p
+    filters: bool  # top-k, top-p, min-p, typical-p
+    typical: bool  # typical-p among them
     alters: bool  # penalties, bias
 
 
@@ -73,7 +79,8 @@ def method(samplings: Sequence[Sampling]) -> Method:
     drawn = [s for s in samplings if s.temperature > 0]
     return Method(
         draws=bool(drawn),
-        filters=any(s.top_k or s.top_p < 1 or s.min_p > 0 for s in drawn),
+        filters=any(s.top_k or s.top_p < 1 or s.min_p > 0 or s.typical_p < 1 for s in drawn),
+        typical=any(s.typical_p < 1 for s in drawn),
         alters=any(
             s.logit_bias
             or (s.repetition_penalty, s.frequency_penalty, s.presence_penalty) != (1, 0, 0)
@@ -89,6 +96,7 @@ class Knobs(NamedTuple):
     top_k: Any  # int32, 1 … v
     top_p: Any  # float32
     min_p: Any  # float32
+    typical_p: Any  # float32
     repetition: Any  # float32
     frequency: Any  # float32
     presence: Any  # float32
@@ -97,7 +105,7 @@ class Knobs(NamedTuple):
 def knobs(samplings: Sequence[Sampling], vocab_size: int) -> Knobs:
     rows = [
         (
-            s.temperature, min(s.top_k or vocab_size, vocab_size), s.top_p, s.min_p,
+            s.temperature, min(s.top_k or vocab_size, vocab_size), s.top_p, s.min_p, s.typical_p,
             s.repetition_penalty, s.frequency_penalty, s.presence_penalty,
         )
         for s in samplings
@@ -175,12 +183,20 @@ def choose(
         noise_v = jax.random.gumbel(jax.random.fold_in(key, position), logits_v.shape)
         warm = jnp.where(k.temperature > 0, k.temperature, 1.0)
         if not method.filters:
-            return jnp.argmax(logits_v / warm + noise_v)
+            # As `ranked` has it, to the last bit: other rows' filters change no draw.
+            return jnp.argmax((logits_v - jnp.max(logits_v)) / warm + noise_v)
         order_v, kept_v = ranked(logits_v, warm, k.top_k, k.top_p, k.min_p)
+        kept_v = typical(kept_v, k.typical_p) if method.typical else kept_v
         return order_v[jnp.argmax(kept_v + noise_v[order_v])]
 
     drawn_b = jax.vmap(draw)(logits_bv, streams_b2, positions_b, knobs).astype(jnp.int32)
     return jnp.where(knobs.temperature > 0, drawn_b, best_b)
+
+
+def log_probs(logits_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
+    """Float32 [b]: the tokens' log-probabilities, before anything is done to the logits."""
+    chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=1)[:, 0]
+    return chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
 
 
 def altered(logits_v: jax.Array, knobs: Knobs, said: Said) -> jax.Array:
@@ -212,3 +228,15 @@ def ranked(
     within_v = (jnp.cumsum(share_v) - share_v < top_p) | (top_p >= 1)
     within_v &= sorted_v >= jnp.log(min_p)
     return order_v, jnp.where(within_v, sorted_v, -jnp.inf)
+
+
+def typical(logits_v: jax.Array, typical_p: Any) -> jax.Array:
+    """Logits, -inf but for the fewest tokens that together reach `typical_p`, those first whose
+    information is nearest to its mean, the entropy (Meister et al. 2023, eq. 6 and 7)."""
+    log_p_v = jax.nn.log_softmax(logits_v)
+    share_v = jnp.exp(log_p_v)
+    entropy = -jnp.sum(jnp.where(share_v > 0, share_v * log_p_v, 0.0))
+    order_v = jnp.argsort(jnp.abs(log_p_v + entropy))
+    reached_v = jnp.cumsum(share_v[order_v]) - share_v[order_v]
+    within_v = jnp.zeros_like(share_v, bool).at[order_v].set(reached_v < typical_p)
+    return jnp.where(within_v | (typical_p >= 1), logits_v, -jnp.inf)

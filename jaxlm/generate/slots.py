@@ -163,7 +163,7 @@ class Slots:
             return
         if empty:
             self._said = self._unsaid(v)
-        alters = Method(draws=True, filters=True, alters=True)
+        alters = Method(True, True, True, alters=True)
         new = draws.said(alters, [request.prompt], [request.sampling], v)
         np.add.at(new.generated[0], self._rows[i].ids[n:], 1)
         with jax.set_mesh(self.mesh):

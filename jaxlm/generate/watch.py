@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlm.config import Config
 from jaxlm.data.tokenizer import EOS, Subword, Tokenizer, byte_letters
-from jaxlm.generate import decode
+from jaxlm.generate import decode, written
 from jaxlm.generate.sampling import Sampling
 from jaxlm.train.loop import Observer
 
@@ -43,12 +43,12 @@ def samples(tokenizer: Tokenizer, prompts: Sequence[str], tokens: int, seed: int
     model."""
 
     def observe(config: Config, params: Any, step: int) -> list[dict[str, Any]]:
-        texts = decode.continue_text(
-            config.model, params, tokenizer, prompts, tokens, Sampling(seed=seed)
-        )
+        ids = tokenizer.encode_batch(prompts)
+        given = tokenizer, ids, tokens, Sampling(seed=seed)
+        found = written.continuations(config.model, params, *given)
         return [
-            {"step": step, "sample/prompt": prompt, "sample/text": text}
-            for prompt, text in zip(prompts, texts, strict=True)
+            {"step": step, "sample/prompt": prompt, "sample/text": said.text}
+            for prompt, said in zip(prompts, found, strict=True)
         ]
 
     return observe
