@@ -378,7 +378,8 @@ def test_rows_are_chosen_each_in_its_own_way():
     logits = np.random.default_rng(1).normal(0, 2, (7, 40)).astype(np.float32)
     how = [
         Sampling(0.0), Sampling(1.5, top_k=3), Sampling(1.0), Sampling(0.7, top_p=0.5),
-        Sampling(2.0, min_p=0.3), Sampling(0.0, frequency_penalty=9.0), Sampling(1.2, typical_p=0.4),
+        Sampling(2.0, min_p=0.3), Sampling(0.0, frequency_penalty=9.0),
+        Sampling(1.2, typical_p=0.4),
     ]  # fmt: skip
     streams = sampling.streams([np.array([i]) for i in range(7)], 3)
     together = choose(logits, how, streams)

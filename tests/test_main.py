@@ -124,9 +124,12 @@ def test_a_run_from_the_command_line_ends_goes_on_and_speaks(
     assert "eval_fraction" in line
 
     words = ("generate", f"--workdir={run}", "--prompt=the sky", "--max_new_tokens=5", "--json")
-    assert call(*words) == 0
+    ways = ("--frequency_penalty=-0.5", "--presence_penalty=0.1", "--typical_p=0.9")
+    assert call(*words, *ways, "--logit_bias=97=1e9", "--logit_bias=98=-1") == 0
     row = json.loads(capsys.readouterr().out)
-    assert row["prompt"] == "the sky" and isinstance(row["text"], str)
+    assert row == {"prompt": "the sky", "text": "aaaaa"}
+    assert "--logit_bias: expected ID=NUMBER, got '7'" in refused(capsys, *words, "--logit_bias=7")
+    assert "expected --num_beams" in refused(capsys, *words, "--length_penalty=2")
 
     other = ("train", f"--config={experiment}", f"--workdir={tmp_path / 'watched'}", "--json")
     assert call(*other, "--track=tensorboard", "--profile=5:10") == 0

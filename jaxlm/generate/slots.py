@@ -89,27 +89,28 @@ class Slots:
             raise UserError("continuous batching: expected other than relative positions")
         if n < 1 or context < 1:
             raise UserError(f"continuous batching: expected rows and context, got {n}, {context}")
-        self.config = config
+        self.config, self.n = config, n
         self.context = min(context, config.seq_len) if config.positions == "learned" else context
         self.mesh = mesh.of_one_copy(jax.sharding.get_mesh())
         with jax.set_mesh(self.mesh):
             here = transformer.relaid(config, params)
             self._laid = jax.jit(functools.partial(layout.laid_out, config))(here)
-            self._cache = self._empty(n)
+            self._cache = self._empty()
         self._rows = [_Row() for _ in range(n)]
         self._said = self._unsaid(0)  # until a request has penalties or a bias
         self._joined = 0
         self.read = self.reused = 0  # tokens of prompts: computed, found in the cache
 
-    def _empty(self, n: int) -> Any:
+    def _empty(self) -> Any:
         """Each layer's keys and values [n, s, g, k], with room for the last chunk's padding and a
         slot that idle rows write to."""
         config, s = self.config, self.context + CHUNKS[-1] + 1
-        shape, layout_ = (n, s, config.kv_heads, config.head_dim), (None, None, "kv_heads", None)
-        zeros = functools.partial(jnp.zeros, shape, transformer.compute_dtype(config))
-        return tuple(
-            (zeros(device=_on(layout_)), zeros(device=_on(layout_))) for _ in range(config.n_layers)
+        shape, on = (
+            (self.n, s, config.kv_heads, config.head_dim),
+            _on((None, None, "kv_heads", None)),
         )
+        zeros = functools.partial(jnp.zeros, shape, transformer.compute_dtype(config), device=on)
+        return tuple((zeros(), zeros()) for _ in range(config.n_layers))
 
     # ---------------------------------------------------------------------------- joining, leaving
 
@@ -170,7 +171,7 @@ class Slots:
             self._said = _noter(self.mesh)(self._said, np.int32(i), new)
 
     def _unsaid(self, v: int) -> Said:
-        shape, kinds = (len(self._rows), v), Said(jnp.bool, jnp.int32, jnp.float32)
+        shape, kinds = (self.n, v), Said(jnp.bool, jnp.int32, jnp.float32)
         with jax.set_mesh(self.mesh):
             return Said(*(jnp.zeros(shape, kind, device=_on((None, None))) for kind in kinds))
 
@@ -189,7 +190,7 @@ class Slots:
                 return self._say()
             except jax.errors.JaxRuntimeError:
                 # Out of memory, say; and the cache was given to what failed: all begin anew.
-                self._cache, self._said = self._empty(len(self._rows)), self._unsaid(0)
+                self._cache, self._said = self._empty(), self._unsaid(0)
                 taken = [i for i, row in enumerate(self._rows) if row.request is not None]
                 for row in self._rows:
                     row.held = 0
@@ -214,7 +215,7 @@ class Slots:
         self.read += len(ids)
 
     def _say(self) -> list[Token]:
-        n, rows = len(self._rows), self._rows
+        n, rows = self.n, self._rows
         active = [i for i, row in enumerate(rows) if row.request is not None and not row.unread]
         if not active:
             return []
