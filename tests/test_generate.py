@@ -343,7 +343,7 @@ def support(logits: np.ndarray, how: Sampling) -> set[int]:
         return set(kept)
     log_p = (logits[kept].astype(np.float64) - logits.max()) / how.temperature
     log_p -= np.log(np.exp(log_p).sum())
-    nearest = np.argsort(np.abs(-log_p + np.sum(np.exp(log_p) * log_p)))
+    nearest = np.argsort(np.abs(np.sum(np.exp(log_p) * log_p) - log_p), kind="stable")
     reached = np.cumsum(np.exp(log_p)[nearest])
     return {kept[i] for i in nearest[: int(np.argmax(reached >= how.typical_p - 1e-12)) + 1]}
 

@@ -31,6 +31,7 @@ from jaxlm.model.transformer import Params
 from jaxlm.schema import UserError
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once: the sizes compiled for
+ROWS = 4  # a step computes 1 row, 4, 16, … or all
 VISIBLE = 128  # slots that a step looks at: so many, or a power of two above
 SHARED = 16  # tokens: the shortest beginning that is worth a copy
 TOP = 20  # most alternatives to a token that a request may ask for
@@ -102,15 +103,12 @@ class Slots:
         self.read = self.reused = 0  # tokens of prompts: computed, found in the cache
 
     def _empty(self) -> Any:
-        """Each layer's keys and values [n, s, g, k], with room for the last chunk's padding and a
-        slot that idle rows write to."""
-        config, s = self.config, self.context + CHUNKS[-1] + 1
-        shape, on = (
-            (self.n, s, config.kv_heads, config.head_dim),
-            _on((None, None, "kv_heads", None)),
-        )
-        zeros = functools.partial(jnp.zeros, shape, transformer.compute_dtype(config), device=on)
-        return tuple((zeros(), zeros()) for _ in range(config.n_layers))
+        """Each layer's keys and values [n + 1, s, g, k], the last row for what fills steps up."""
+        # Room for the padding of the last chunk.
+        shape = self.n + 1, self.context + CHUNKS[-1], self.config.kv_heads, self.config.head_dim
+        dtype, where = transformer.compute_dtype(self.config), _on((None, None, "kv_heads", None))
+        zeros = functools.partial(jnp.zeros, shape, dtype, device=where)
+        return tuple((zeros(), zeros()) for _ in range(self.config.n_layers))
 
     # ---------------------------------------------------------------------------- joining, leaving
 
@@ -171,7 +169,7 @@ class Slots:
             self._said = _noter(self.mesh)(self._said, np.int32(i), new)
 
     def _unsaid(self, v: int) -> Said:
-        shape, kinds = (self.n, v), Said(jnp.bool, jnp.int32, jnp.float32)
+        shape, kinds = (self.n + 1, v), Said(jnp.bool, jnp.int32, jnp.float32)
         with jax.set_mesh(self.mesh):
             return Said(*(jnp.zeros(shape, kind, device=_on((None, None))) for kind in kinds))
 
@@ -215,27 +213,28 @@ class Slots:
         self.read += len(ids)
 
     def _say(self) -> list[Token]:
-        n, rows = self.n, self._rows
-        active = [i for i, row in enumerate(rows) if row.request is not None and not row.unread]
+        active = [i for i, r in enumerate(self._rows) if r.request is not None and not r.unread]
         if not active:
             return []
-        last_b, at_b = np.zeros(n, np.int32), np.full(n, -1, np.int32)
-        streams_b2 = np.zeros((n, 2), np.uint32)
-        samplings, top = [Sampling(0.0)] * n, 0
-        for i in active:
-            request = self._request(i)
-            last_b[i], at_b[i], streams_b2[i] = rows[i].ids[-1], rows[i].held, rows[i].stream
-            samplings[i], top = request.sampling, TOP if request.top else top
+        rows, requests = [self._rows[i] for i in active], [self._request(i) for i in active]
+        b, k = self._many(len(active)), len(active)
+        rows_b, last_b, at_b = np.full(b, self.n), np.zeros(b, np.int32), np.zeros(b, np.int32)
+        rows_b[:k], last_b[:k] = active, [row.ids[-1] for row in rows]
+        at_b[:k] = [row.held for row in rows]
+        streams_b2 = np.zeros((b, 2), np.uint32)
+        streams_b2[:k] = [row.stream for row in rows]
+        samplings = [r.sampling for r in requests] + [Sampling(0.0)] * (b - k)
+        top = min(TOP, self.config.vocab_size) if any(r.top for r in requests) else 0
         run = _forward(self.config, self._visible(int(at_b.max()) + 1), self.mesh)
-        logits_bv, self._cache = run(self._laid, self._cache, last_b, at_b)
+        logits_bv, self._cache = run(self._laid, self._cache, rows_b, last_b, at_b)
         knobs = draws.knobs(samplings, self.config.vocab_size)
-        choose = _chooser(draws.method(samplings), min(top, self.config.vocab_size), self.mesh)
-        found, self._said = choose(logits_bv, streams_b2, at_b, knobs, self._said)
-        next_b, chosen_b, ids_bk, best_bk = (np.asarray(a).tolist() for a in found)
+        choose = _chooser(draws.method(samplings), top, self.mesh)
+        found, self._said = choose(logits_bv, rows_b, streams_b2, at_b, knobs, self._said)
         out = []
-        for i in active:
-            top_k = list(zip(ids_bk[i], best_bk[i], strict=True))[: self._request(i).top]
-            out += self._said_by(i, next_b[i], chosen_b[i], top_k)
+        told = (np.asarray(a).tolist() for a in found)
+        for i, request, token, log_prob, ids, best in zip(active, requests, *told, strict=False):
+            alternatives = list(zip(ids, best, strict=True))[: request.top]
+            out += self._said_by(i, token, log_prob, alternatives)
         return out
 
     def _said_by(
@@ -272,7 +271,14 @@ class Slots:
         return request
 
     def _visible(self, slots: int) -> int:
-        return min(max(VISIBLE, decode.slots(slots)), self.context + CHUNKS[-1] + 1)
+        return min(max(VISIBLE, decode.slots(slots)), self.context + CHUNKS[-1])
+
+    def _many(self, rows: int) -> int:
+        """`rows` rounded up to a number that is compiled for."""
+        many = 1
+        while many < rows:
+            many *= ROWS
+        return min(many, self.n)
 
 
 def _on(axes: Sequence[str | None]) -> jax.NamedSharding:
@@ -299,41 +305,21 @@ def _chunk(n: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _forward(config: ModelConfig, visible: int, devices: Any) -> Any:
-    """(laid, cache, last_b, at_b) → what follows `last` in slot `at`, float32 [b, v], and the cache
-    with it. Of a row that does nothing, `at` is -1."""
+    """(laid, cache, rows_b, last_b, at_b) → what follows `last` in slot `at` of each of the rows,
+    float32 [b, v], and the cache with it."""
     del devices
 
-    def forward(laid: Params, cache: Any, last_b: Any, at_b: Any) -> tuple[jax.Array, Any]:
+    def forward(
+        laid: Params, cache: Any, rows_b: Any, last_b: Any, at_b: Any
+    ) -> tuple[jax.Array, Any]:
         weights, b = layout.restored(config, laid), last_b.shape[0]
-        unused = cache[0][0].shape[1] - 1
+        segments = jnp.ones((b, 1), jnp.int32), jnp.ones((b, visible), jnp.int32)
         x_btd, cache = transformer.hidden_cached(
-            config, weights, last_b[:, None], jnp.maximum(at_b, 0)[:, None],
-            jnp.ones((b, 1), jnp.int32), jnp.ones((b, visible), jnp.int32),
-            jnp.where(at_b < 0, unused, at_b), cache,
-        )  # fmt: skip
+            config, weights, last_b[:, None], at_b[:, None], *segments, at_b, cache, rows_b=rows_b
+        )
         return decode.last_logits(config, weights, x_btd), cache
 
     return jax.jit(forward, donate_argnums=(1,))
-
-
-@functools.lru_cache(maxsize=64)
-def _chooser(method: Method, top: int, devices: Any) -> Any:
-    """(logits_bv, streams_b2, at_b, knobs, said) → (the next ids [b], their log-probabilities [b],
-    the `top` most likely ids and theirs [b, top]), said."""
-    del devices
-
-    def choose(
-        logits_bv: Any, streams_b2: Any, at_b: Any, knobs: Knobs, said: Said
-    ) -> tuple[tuple[jax.Array, ...], Said]:
-        next_b = draws.choose(method, logits_bv, streams_b2, at_b, knobs, said)
-        log_p_bv = jax.nn.log_softmax(logits_bv)
-        chosen_b = jnp.take_along_axis(log_p_bv, next_b[:, None], axis=1)[:, 0]
-        best_bk, ids_bk = jax.lax.top_k(log_p_bv, top)
-        heard_b = (at_b >= 0) & jnp.isfinite(chosen_b)
-        said = draws.noted(said, jnp.where(heard_b, next_b, -1))
-        return (next_b, chosen_b, ids_bk, best_bk), said
-
-    return jax.jit(choose, donate_argnums=(4,))
 
 
 @functools.lru_cache(maxsize=64)
@@ -343,16 +329,34 @@ def _reader(config: ModelConfig, visible: int, devices: Any) -> Any:
     del devices
 
     def read(laid: Params, cache: Any, row: Any, tokens_t: Any, start: Any) -> Any:
-        own = jax.tree.map(lambda a: _of_row(a, row, visible), cache)
-        t, context = tokens_t.shape[0], cache[0][0].shape[1] - CHUNKS[-1] - 1
+        t, context = tokens_t.shape[0], cache[0][0].shape[1] - CHUNKS[-1]
         at_bt = jnp.minimum(start + jnp.arange(t, dtype=jnp.int32), context - 1)[None]
         segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, visible), jnp.int32)
-        _, own = transformer.hidden_cached(
-            config, layout.restored(config, laid), tokens_t[None], at_bt, *segments, start, own
-        )
-        return jax.tree.map(lambda a, part: _with_row(a, row, part), cache, own)
+        weights = layout.restored(config, laid)
+        given = weights, tokens_t[None], at_bt, *segments, start[None], cache
+        return transformer.hidden_cached(config, *given, rows_b=row[None])[1]
 
     return jax.jit(read, donate_argnums=(1,))
+
+
+@functools.lru_cache(maxsize=64)
+def _chooser(method: Method, top: int, devices: Any) -> Any:
+    """(logits_bv, rows_b, streams_b2, at_b, knobs, said) → (the next ids [b], how likely they were
+    [b], the `top` most likely ids and how likely they were [b, top]), said."""
+    del devices
+
+    def choose(
+        logits_bv: Any, rows_b: Any, streams_b2: Any, at_b: Any, knobs: Knobs, said: Said
+    ) -> tuple[tuple[jax.Array, ...], Said]:
+        own = jax.tree.map(lambda a: a[rows_b], said)
+        next_b = draws.choose(method, logits_bv, streams_b2, at_b, knobs, own)
+        chosen_b = draws.log_probs(logits_bv, next_b)
+        best_bk, ids_bk = jax.lax.top_k(jax.nn.log_softmax(logits_bv), top)
+        noted = draws.noted(own, jnp.where(jnp.isfinite(chosen_b), next_b, -1)).generated
+        said = said._replace(generated=said.generated.at[rows_b].set(noted))
+        return (next_b, chosen_b, ids_bk, best_bk), said
+
+    return jax.jit(choose, donate_argnums=(5,))
 
 
 @functools.lru_cache(maxsize=64)

@@ -46,6 +46,7 @@ class Context(NamedTuple):
     causal: bool = True
     prefix_bs: jax.Array | None = None  # bool, keys that earlier queries see too
     bias_hts: jax.Array | None = None  # added to the scores
+    rows: jax.Array | None = None  # of the cache, int32 [b]; None: all of them
     memory: Memory | None = None  # what this layer's cross-attention looks at
     key: jax.Array | None = None  # of this layer's dropout; None: nothing is dropped
     maps: list[jax.Array] | None = None  # each attention adds its weights [b, h, t, s] to the list
@@ -88,8 +89,8 @@ class Attention(nnx.Module):
         if context.rope is not None:
             q_bthk, k_bsgk = rotate(q_bthk, context.rope), rotate(k_bsgk, context.rope)
         if cache is not None:
-            cache = put(cache[0], k_bsgk, context.offset), put(cache[1], v_bsgk, context.offset)
-            k_bsgk, v_bsgk = (a[:, : context.segments_bs.shape[1]] for a in cache)
+            cache = put(cache[0], k_bsgk, context), put(cache[1], v_bsgk, context)
+            k_bsgk, v_bsgk = (held(a, context) for a in cache)
 
         def see(v_bsgk: jax.Array) -> jax.Array:
             return attend(
@@ -142,14 +143,22 @@ class Attention(nnx.Module):
         return y_btd + use(self.out_bias, y_btd) if self.has_bias else y_btd
 
 
-def put(cache_bsgk: jax.Array, new_btgk: jax.Array, offset: jax.Array | int) -> jax.Array:
-    """The cache with `new` in slots offset … offset + t, of all rows or (int32 [b]) of each."""
-    new_btgk = new_btgk.astype(cache_bsgk.dtype)
-    if jnp.ndim(offset) == 0:
-        return jax.lax.dynamic_update_slice(cache_bsgk, new_btgk, (0, offset, 0, 0))
-    b, t = new_btgk.shape[:2]
-    at_bt = jnp.reshape(offset, (b, 1)) + jnp.arange(t)
-    return cache_bsgk.at[jnp.arange(b)[:, None], at_bt].set(new_btgk, unique_indices=True)
+def put(cache_csgk: jax.Array, new_btgk: jax.Array, context: Context) -> jax.Array:
+    """The cache with `new` in slots offset … offset + t, of all rows or of `context.rows`."""
+    new_btgk, offset = new_btgk.astype(cache_csgk.dtype), context.offset
+    if context.rows is None:
+        return jax.lax.dynamic_update_slice(cache_csgk, new_btgk, (0, offset, 0, 0))
+    at_bt = jnp.reshape(offset, (-1, 1)) + jnp.arange(new_btgk.shape[1])
+    return cache_csgk.at[context.rows[:, None], at_bt].set(new_btgk)
+
+
+def held(cache_csgk: jax.Array, context: Context) -> jax.Array:
+    """[b, s, g, k]: what the cache's rows hold, in as many slots as there are segments."""
+    if context.rows is None:
+        return cache_csgk
+    layout = spec(("batch", "seq", "kv_heads", None))
+    seen = cache_csgk[:, : context.segments_bs.shape[1]]
+    return seen.at[context.rows].get(out_sharding=layout)
 
 
 def weights_of(see: Callable[[jax.Array], jax.Array], like_bsgk: jax.Array) -> jax.Array:

@@ -197,18 +197,19 @@ def hidden_cached(
     cache: Any,
     memory: Memory | None = None,
     prefix_bt: jax.Array | None = None,
+    rows_b: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k], whose
-    first slots, as many as `segments_bs` has, are seen. `offset` may be int32 [b]: of each row.
+    """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k].
 
     Where `params["layers"]` is a tuple of each layer's weights, so are `cache`, which comes back
     so, and the keys and values of `memory`. `memory`: of an encoder–decoder, from `remember`.
-    `prefix_bt`: as in `hidden_and_sums`, where
-    there are as many queries as slots. Raises UserError for an own layer that keeps no cache.
+    `prefix_bt`: as in `hidden_and_sums`, where there are as many queries as slots. `rows_b` (int32)
+    of a cache that has more rows and slots than `segments_bs`: which are used, each from its own
+    `offset` (int32 [b]) on. Raises UserError for an own layer that keeps no cache.
     """
     x_btd, cache_out, _ = _run(
         config, params, tokens_bt, positions_bt, segments_bt, segments_bs, offset, cache,
-        memory=memory, prefix_bt=prefix_bt,
+        memory=memory, prefix_bt=prefix_bt, rows_b=rows_b,
     )  # fmt: skip
     if cache_out is None:
         raise UserError(f"config.model.layer: {config.layer} returns no cache, so cannot generate")
@@ -300,6 +301,7 @@ def _run(
     prefix_bt: jax.Array | None = None,
     key: jax.Array | None = None,
     maps: list[jax.Array] | None = None,
+    rows_b: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, Sums]:
     model, causal = _model(config, params), config.architecture != "encoder"
     tokens_bt, positions_bt, segments_bt, segments_bs, types_bt, prefix_bt = _by_time(
@@ -307,7 +309,7 @@ def _run(
     )
     context = Context(
         positions_bt, segments_bt, segments_bs, offset, None, causal=causal, prefix_bs=prefix_bt,
-        memory=memory, maps=maps,
+        memory=memory, maps=maps, rows=rows_b,
     )  # fmt: skip
     keys = [None] * 2 if key is None else jax.random.split(key)
     x_btd = _embed(config, model, tokens_bt, positions_bt, types_bt, keys[0])
