@@ -49,7 +49,7 @@ MODELS = {
     ),
     "no positions": dataclasses.replace(LLAMA, positions="none", n_layers=1),
 }
-SLOW = {"no positions": pytest.mark.slow}
+SLOW = {name: pytest.mark.slow for name in ("gemma 3", "no positions")}
 WAYS = (
     Sampling(0.0),
     Sampling(0.0, repetition_penalty=1.3, frequency_penalty=0.5),
@@ -296,7 +296,7 @@ def test_eight_devices_say_what_one_says():
         engine = Slots(LLAMA, there, 3, CONTEXT)
         assert ids(answers(engine, wanted)) == want
     keys = engine._cache[0][0]
-    assert {s.data.shape for s in keys.addressable_shards} == {(3, keys.shape[1], 1, 4)}
+    assert {s.data.shape for s in keys.addressable_shards} == {(4, keys.shape[1], 1, 4)}
 
 
 def test_longer_prompts_seldom_compile_again():

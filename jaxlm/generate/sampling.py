@@ -195,8 +195,7 @@ def choose(
 
 def log_probs(logits_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
     """Float32 [b]: the tokens' log-probabilities, before anything is done to the logits."""
-    chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=1)[:, 0]
-    return chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_bv), tokens_b[:, None], axis=1)[:, 0]
 
 
 def altered(logits_v: jax.Array, knobs: Knobs, said: Said) -> jax.Array:
