@@ -49,7 +49,7 @@ MODELS = {
     ),
     "no positions": dataclasses.replace(LLAMA, positions="none", n_layers=1),
 }
-SLOW = {name: pytest.mark.slow for name in ("gemma 3", "no positions")}
+SLOW = dict.fromkeys(("gemma 3", "no positions"), pytest.mark.slow)
 WAYS = (
     Sampling(0.0),
     Sampling(0.0, repetition_penalty=1.3, frequency_penalty=0.5),
