@@ -29,6 +29,8 @@ def left_out(points: Points, curves: Sequence[Curve] = (), **how: Any) -> list[J
         if len(groups) - gone < _FEWEST:
             break
         known = points.drop(np.concatenate(groups[-gone:]), "left out")
+        if len(known) <= how.get("drop_largest_loss", 0):
+            break
         fits = laws.fit(known, [c for c in curves if c.name in known.name], **how, bootstrap=0)
         best = groups[-1][points.loss[groups[-1]].argmin()]
         for name in laws.ESTIMATORS:
