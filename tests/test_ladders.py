@@ -13,6 +13,7 @@ from jaxlm.config import Config, DataConfig, ModelConfig, Rung, Shape, Sweep, Tr
 from jaxlm.data import loader, shards, subset
 from jaxlm.files import write_json
 from jaxlm.model.scale import size
+from jaxlm.model_config import MoE
 from jaxlm.scaling import columns
 from jaxlm.scaling.forms import FORMS
 from jaxlm.scaling.ladder import dial, grid, members
@@ -35,6 +36,28 @@ def test_one_dial_gives_shapes_and_a_ratio_gives_their_tokens() -> None:
     assert {d for d, _ in found} == {16, 32, 64}
     for _, ratio in found:
         assert ratio == pytest.approx(20, rel=0.05) or ratio == pytest.approx(320, rel=0.05)
+
+
+def test_what_varies_changes_the_steps_and_not_the_budget() -> None:
+    """Context, batch and experts: a member costs what its rung says, by its own FLOPs per token."""
+    choices = {
+        "model.seq_len": (16, 32, 128),
+        "train.global_batch_size": (2, 16),
+        "model.moe.n_experts": (4, 16),
+        "optimizer.learning_rate": (1e-3, 2e-3),
+    }
+    base = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, moe=MoE()))
+    for field, values in choices.items():
+        sweep = Sweep(base=base, rungs=(Rung(1e9, (Shape(16, 2), Shape(32, 2))),),
+                      vary=((field, values),), seed=3)  # fmt: skip
+        found = members(sweep)
+        assert len(found) == 2 * len(values)
+        for m in found:
+            flops = size(m.config.model).flops_per_token * m.config.tokens
+            assert flops == pytest.approx(1e9, rel=0.06), (field, m.name)
+            assert m.config.seed == 3
+    with pytest.raises(UserError, match="read the same tokens"):
+        members(dataclasses.replace(sweep, vary=(("model.vocab_size", (256, 512)),)))
 
 
 def test_lint_of_grids() -> None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxlm.config import Config, ModelConfig, Rung, Shape, Sweep, validate
 from jaxlm.model.scale import size
@@ -107,7 +108,7 @@ def members(sweep: Sweep) -> list[Member]:
         Member(config, role, rung.flops)
         for rung in sweep.rungs
         for shape, seed, role in _cells(rung.shapes, rung.replicates)
-        for config in _varied(at_budget(sweep.base, shape, rung.flops, sweep.seed + seed), sweep)
+        for config in _varied(sweep, shape, rung.flops, sweep.seed + seed)
     ]
     if not found:
         raise UserError("config.rungs: expected at least one rung with shapes, got none")
@@ -127,18 +128,25 @@ def _cells(shapes: Sequence[Shape], replicates: int) -> Iterator[tuple[Shape, in
         yield shapes[(len(shapes) - 1) // 2], seed, "replicate"
 
 
-def _varied(config: Config, sweep: Sweep) -> Iterator[Config]:
-    """One config per combination of `sweep.vary`."""
+def _varied(sweep: Sweep, shape: Shape, flops: float, seed: int) -> Iterator[Config]:
+    """One config per combination of `sweep.vary`, each of this budget: its steps follow from what
+    a step costs then."""
     fields = [field for field, _ in sweep.vary]
     for field in fields:
         if field.startswith("data.") and field not in ("data.seed", "data.unique_tokens"):
             raise UserError(f"config.vary: {field}: all members of a sweep read the same data")
+        if field == "model.vocab_size":
+            raise UserError(f"config.vary: {field}: all members of a sweep read the same tokens")
     for values in itertools.product(*(choices for _, choices in sweep.vary)):
-        changed = config
-        for field, value in zip(fields, values, strict=True):
-            changed = override(changed, field, value, "config.vary")
+
+        def put(config: Config, values: tuple[Any, ...] = values) -> Config:
+            for field, value in zip(fields, values, strict=True):
+                config = override(config, field, value, "config.vary")
+            return config
+
+        changed = put(at_budget(put(sweep.base), shape, flops, seed))
         marks = [f"{f.rpartition('.')[2]}={v}" for f, v in zip(fields, values, strict=True)]
-        name = re.sub(r"[^\w.=+-]+", "_", "-".join([config.name, *marks]))  # it names a folder
+        name = re.sub(r"[^\w.=+-]+", "_", "-".join([changed.name, *marks]))  # it names a folder
         yield dataclasses.replace(changed, name=name)
 
 
