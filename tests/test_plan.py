@@ -109,6 +109,29 @@ def test_a_tpus_compiler_is_asked():
     assert step["price"] == pytest.approx(1.2 * chip_s / 3600)
 
 
+def test_a_price_list_is_read_and_named_with_the_plan(tmp_path):
+    path = tmp_path / "prices.json"
+    listed = {"format": "jaxlm.prices/1", "date": "2026-11-01", "source": "a contract",
+              "usd_per_chip_hour": {"h100": 3.5, "a100": -1}}  # fmt: skip
+    path.write_text(json.dumps(listed))
+    found = api.plan(TINY, topology="h100:4", prices=path)
+    told = {"prices": {"date": "2026-11-01", "source": "a contract"}}
+    assert found["stated"] == {"mfu": 0.4, "price_per_chip_hour": 3.5, **told}
+    [step] = found["steps"]
+    assert step["price"] == pytest.approx(3.5 * 4 * step["hours"])
+    for topology, more, said in (
+        ("h200:4", {}, "no 'h200'; did you mean 'h100'"),
+        ("a100:4", {}, "a100: expected USD, got -1"),
+        ("h100:4", {"price": 2.0}, "--prices: .* no --price"),
+        ("", {}, "--prices: expected a --topology"),
+    ):
+        with pytest.raises(UserError, match=said):
+            api.plan(TINY, topology=topology, prices=path, **more)
+    path.write_text(json.dumps({**listed, "date": ""}))
+    with pytest.raises(UserError, match="expected 'date'"):
+        api.plan(TINY, topology="h100:4", prices=path)
+
+
 def test_what_does_not_fit_says_what_to_change():
     large = replace(
         TINY,

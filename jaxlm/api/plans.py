@@ -10,8 +10,8 @@ from jaxlm.chips import Topology
 from jaxlm.chips import topology as chips_of
 from jaxlm.config import Config, Sweep
 from jaxlm.experiment import located
-from jaxlm.files import write_json
-from jaxlm.schema import UserError
+from jaxlm.files import read_json, write_json
+from jaxlm.schema import UserError, hint
 
 if TYPE_CHECKING:
     from jaxlm.planning.steps import Step
@@ -27,6 +27,7 @@ def plan(
     slices: int = 1,
     mfu: float = 0.4,
     price: float | None = None,
+    prices: str | Path = "",
     search: bool = False,
     say: Say = quiet,
     data_progress: Any = None,
@@ -36,9 +37,10 @@ def plan(
     `topology` names chips ('v5p:8x8x16', 'h100:8'), as often as there are `slices`; without one it
     is this machine, on which a step is timed, and for a sweep its whole wall time is told. Time and
     price of chips are reckoned at `mfu` (or its bound, if that is less) and at `price`, USD per
-    chip and hour. With a `workdir` the plan is kept there as plan.json; a sweep on this machine
-    needs one, for its token shards. `search` ranks meshes × remat × micro-batches for a run on
-    chips, and plans the best that the compiler accepts. Raises UserError.
+    chip and hour, or what a list `prices` (a file, docs/pods.md) says of the chip. With a `workdir`
+    the plan is kept there as plan.json; a sweep on this machine needs one, for its token shards.
+    `search` ranks meshes × remat × micro-batches for a run on chips, and plans the best that the
+    compiler accepts. Raises UserError.
     """
     from jaxlm.planning import steps
     from jaxlm.planning.target import without_tpus
@@ -50,6 +52,9 @@ def plan(
     asked = chips_of(topology, slices) if topology else None
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected above 0 and at most 1, got {mfu:g}")
+    listed: dict[str, Any] = {}
+    if prices:
+        price, listed = _listed(prices, price, asked)
     body: dict[str, Any] = {"format": "jaxlm.plan/1", "name": experiment.name}
     if isinstance(experiment, Sweep):
         runs = [m.config for m in [*plan_members(experiment)[0], *candidates(experiment)[-1:]]]
@@ -72,7 +77,7 @@ def plan(
         body["topology"] = "here"
         found = [steps.plan_here(experiment)]
     if asked is not None:
-        stated = {"mfu": mfu, "price_per_chip_hour": price}
+        stated = {"mfu": mfu, "price_per_chip_hour": price, **listed}
         body |= {"topology": asked.name, "chips": asked.chips, "stated": stated}
     body["steps"] = [steps.as_json(s) for s in found]
     body |= _supply(experiment, runs, workdir)
@@ -80,6 +85,25 @@ def plan(
         with workdir_of(workdir) as (folder, _):
             write_json(folder / "plan.json", body)
     return body
+
+
+def _listed(
+    path: str | Path, price: float | None, asked: Topology | None
+) -> tuple[float, dict[str, Any]]:
+    """The chip's USD per hour in a price list, and what the list says of itself."""
+    if price is not None or asked is None:
+        raise UserError("--prices: expected a --topology, and no --price beside the list")
+    found = read_json(path, "prices")
+    for name in ("date", "source"):
+        if not isinstance(found.get(name), str) or not found[name]:
+            raise UserError(f"{path}: expected {name!r}: when these prices held, and where")
+    rows, chip = found.get("usd_per_chip_hour"), asked.chip.name
+    if not isinstance(rows, dict) or chip not in rows:
+        raise UserError(f"{path}: usd_per_chip_hour has no {chip!r}; {hint(chip, rows or {})}")
+    usd = rows[chip]
+    if isinstance(usd, bool) or not isinstance(usd, int | float) or not 0 <= usd < float("inf"):
+        raise UserError(f"{path}: usd_per_chip_hour.{chip}: expected USD, got {usd!r}")
+    return float(usd), {"prices": {"date": found["date"], "source": found["source"]}}
 
 
 def _names(group: list[Config]) -> str:

@@ -18,6 +18,7 @@ def _flags_plan(values: flags.FlagValues) -> None:
     flags.DEFINE_float("mfu", 0.4, "share of the chips' peak that is reached", flag_values=values)
     flags.DEFINE_boolean("search", False, "rank meshes, remat, micro-batches", flag_values=values)
     flags.DEFINE_float("price", None, "USD per chip and hour", flag_values=values)
+    flags.DEFINE_string("prices", "", "a list of prices (docs/pods.md) for it", flag_values=values)
 
 
 def _plan(values: Flags, overrides: list[tuple[str, str]]) -> int:
@@ -30,7 +31,7 @@ def _plan(values: Flags, overrides: list[tuple[str, str]]) -> int:
     found = api.plan(
         experiment,
         values["workdir"] or "",
-        **{n: values[n] for n in ("topology", "slices", "mfu", "price", "search")},
+        **{n: values[n] for n in ("topology", "slices", "mfu", "price", "prices", "search")},
         say=out.say,
         data_progress=out.data,
     )

@@ -44,6 +44,9 @@ def lines(plan: Json) -> list[str]:
         held = f", the held-out run {w['holdout_s']:,.0f} s" if w["holdout_s"] else ""
         found.append(f"about {w['seconds']:,.0f} s here with {w['workers']} workers: the ladder"
                      f" {w['ladder_s']:,.0f} s{held}")  # fmt: skip
+    if prices := plan.get("stated", {}).get("prices"):
+        found.append(f"USD: {plan['stated']['price_per_chip_hour']:g} per chip and hour,"
+                     f" {prices['source']}, {prices['date']}")  # fmt: skip
     if plan["epochs"] is not None:
         found.append(f"{plan['tokens']:,} tokens; the longest run sees the {plan['train_tokens']:,}"
                      f" there are {plan['epochs']:.2f} times")  # fmt: skip
