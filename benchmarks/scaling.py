@@ -29,16 +29,30 @@ def config(name: str, batch: int, seq_len: int, mesh: MeshConfig) -> Config:
     return Config(name=name, model=model, train=TrainConfig(global_batch_size=batch), mesh=mesh)
 
 
-def cell(c: Config, topology: chips.Topology) -> str:
-    """GB moved per step and device by axis; MFU at most, and if nothing overlapped; with the fewest
-    micro-batches that fit."""
+def fitting(c: Config, topology: chips.Topology) -> Config | None:
+    """With the fewest micro-batches that fit."""
     rows = c.train.global_batch_size
     for k in (k for k in range(1, rows + 1) if rows % k == 0):
         tried = dataclasses.replace(c, train=dataclasses.replace(c.train, accumulation_steps=k))
         gib = memory_gib(tried, topology)
         if gib is not None and gib <= topology.chip.hbm_gib:
-            return bounds(tried, topology) + (f" ({k} micro-batches)" if k > 1 else "")
-    return "does not divide" if memory_gib(c, topology) is None else "does not fit"
+            return tried
+    return None
+
+
+def cell(c: Config, topology: chips.Topology) -> str:
+    """GB moved per step and device by axis; MFU at most, and if nothing overlapped; with the fewest
+    micro-batches that fit; of a pipeline the share of time in which no stage idles."""
+    found = fitting(c, topology)
+    if found is None:
+        return "does not divide" if memory_gib(c, topology) is None else "does not fit"
+    k, s, r = found.train.accumulation_steps, c.mesh.stage, c.model.pipeline_repeats
+    told = bounds(found, topology) + (f" ({k} micro-batches)" if k > 1 else "")
+    if s == 1:
+        return told
+    rows = c.train.global_batch_size // k // c.mesh.data
+    parts = max(n for n in range(1, min(4 * s, rows) + 1) if rows % n == 0)  # `model.pipeline`
+    return f"{told} × {r * parts / (r * parts + s - 1):.0%}"
 
 
 def bounds(c: Config, topology: chips.Topology) -> str:
@@ -86,6 +100,34 @@ def slices(name: str, per_slice: int, seq_len: int) -> None:
         print(f"| {topology.devices:,} | {n} | {weak} | {strong} |")
 
 
+def contexts(name: str, batch: int, seq_len: int) -> None:
+    """A model on long sequences, which are cut where rows alone do not suffice."""
+    ways = (4, 16, 64)
+    print(f"| chips | tokens per chip | {' | '.join(f'fsdp × context {k}' for k in ways)} |")
+    print("|---|---|---|---|---|")
+    for shape in V5P[3:]:
+        topology = chips.topology(f"v5p:{shape}")
+        n = topology.devices
+        meshes = [MeshConfig(1, n // k, context=k) for k in ways]
+        cells = [cell(config(name, batch, seq_len, m), topology) for m in meshes]
+        print(f"| {n:,} | {batch * seq_len / n:,.0f} | {' | '.join(cells)} |")
+
+
+def stages(name: str, batch: int, seq_len: int, shapes: Sequence[str]) -> None:
+    """A model in a pipeline beside tensor 8 and data; MFU less what idles."""
+    ways = ((4, 1), (8, 1), (8, 4))
+    heads = " | ".join(f"stage {s}, {r} repeat{'s' * (r > 1)}" for s, r in ways)
+    print(f"| chips | tokens per chip | {heads} |\n|---|---|---|---|---|")
+    for shape in shapes:
+        topology, row = chips.topology(f"v5p:{shape}"), []
+        n = topology.devices
+        for s, r in ways:
+            c = config(name, batch, seq_len, MeshConfig(n // (8 * s), 1, 8, stage=s))
+            c = dataclasses.replace(c, model=dataclasses.replace(c.model, pipeline_repeats=r))
+            row.append(cell(c, topology))
+        print(f"| {n:,} | {batch * seq_len / n:,.0f} | {' | '.join(row)} |")
+
+
 def thresholds(name: str, chip: chips.Chip, batch_tokens: int) -> None:
     """Where the book's formulas say that wires bind, on this chip."""
     m = preset(name)
@@ -109,6 +151,10 @@ def main() -> None:
         print(f"\n### GPT-3 175B, {batch:,} × 2,048 tokens a step, v5p\n")
         one_pod("gpt3-175b", batch, 2048, V5P[3:], 32)
     two_pods("gpt3-175b", 2560, 2048)
+    print("\n### Llama-3 8B, 16 sequences of 131,072 a step, v5p\n")
+    contexts("llama3-8b", 16, 131072)
+    print("\n### GPT-3 175B in a pipeline × tensor 8 × data, 2,048 × 2,048 tokens a step, v5p\n")
+    stages("gpt3-175b", 2048, 2048, V5P[5:])
     print("\n### GPT-3 175B on v5p: the book's thresholds\n")
     thresholds("gpt3-175b", chips.CHIPS["v5p"], 2048 * 2048)
     print("\n### Llama-3 8B, sequences of 4,096, v5e pods of 256: data × fsdp 64 × tensor 4\n")

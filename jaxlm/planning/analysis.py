@@ -96,8 +96,8 @@ def collectives(config: Config, shape: dict[str, int]) -> tuple[Collective, ...]
     its backward pass where remat does not keep them; gradients reduced over data, context and fsdp
     in float32; the activations' sums over tensor: two per block forward, two backward, and with
     full remat attention's again; over context keys and values round the ring, forward, backward
-    with their gradients, and again for remat; over expert each token's choices there and back. A
-    pipeline's hand-overs are small and left out."""
+    with their gradients, and again for remat; over expert each token's choices there and back; over
+    stage each repeat's hand-overs and the last one's output for all, both ways."""
     m, t, w = config.model, config.train, weights(config, shape)
     width, n = (4 if m.compute_dtype == "float32" else 2), t.accumulation_steps
     layers = w.n_layers / shape[STAGE]
@@ -121,6 +121,10 @@ def collectives(config: Config, shape: dict[str, int]) -> tuple[Collective, ...]
         found.append(
             Collective("collective-permute", (CONTEXT,), (2 + again) * turns, turns * both * sent)
         )
+    if shape[STAGE] > 1:
+        moved = m.pipeline_repeats * tokens * m.d_model * width
+        found.append(Collective("collective-permute", (STAGE,), 2 * n, 2 * n * moved))
+        found.append(Collective("all-reduce", (STAGE,), 2 * n, 2 * n * tokens * m.d_model * width))
     if shape[EXPERT] > 1:
         times = (6 if again else 4) * layers * n
         each = tokens * m.moe.experts_per_token * m.d_model * width
