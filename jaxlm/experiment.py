@@ -119,12 +119,15 @@ _NOT_IDENTITY = {
 
 def identity(values: dict[str, Any]) -> dict[str, Any]:
     """Of a config's plain values (`to_dict`), those that decide what is computed."""
+    left_out = dict(_NOT_IDENTITY)
+    if values["model"].get("dropout"):  # which a pipeline draws for each micro-batch
+        left_out["model"] = tuple(n for n in left_out["model"] if n != "pipeline_microbatches")
     return {
-        name: {k: v for k, v in value.items() if k not in _NOT_IDENTITY.get(name, ())}
+        name: {k: v for k, v in value.items() if k not in left_out.get(name, ())}
         if isinstance(value, dict)
         else value
         for name, value in values.items()
-        if name not in _NOT_IDENTITY[""]
+        if name not in left_out[""]
     }
 
 

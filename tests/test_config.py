@@ -307,6 +307,14 @@ def test_the_fingerprint_changes_with_what_matters_and_nothing_else(name, value,
     assert same == (name in NOT_IDENTITY)
 
 
+def test_what_a_pipeline_draws_for_is_part_of_the_identity():
+    def marks(dropout):
+        models = [ModelConfig(dropout=dropout, pipeline_microbatches=n) for n in (0, 8)]
+        return {fingerprint(Config(model=m)) for m in models}
+
+    assert len(marks(0.0)) == 1 and len(marks(0.1)) == 2
+
+
 def test_the_text_of_own_files_is_part_of_the_identity(tmp_path):
     own = tmp_path / "own.py"
     for field in ("model.layer", "optimizer.name", "optimizer.schedule", "train.objective"):
