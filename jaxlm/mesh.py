@@ -226,9 +226,10 @@ def check_divides(config: Config, shape: dict[str, int]) -> None:
     }
     for name, (value, n, axis) in rows.items():
         if value % n:
+            near = dict.fromkeys((max(1, value // n) * n, -(-value // n) * n))
             raise UserError(
                 f"config.{name}: {value} does not divide by mesh {axis}={n};"
-                f" nearest: {max(1, value // n) * n} or {-(-value // n) * n}"
+                f" nearest: {' or '.join(map(str, near))}"
             )
     if m.layer and shape["context"] > 1:
         raise UserError("config.mesh.context: expected 1 with an own layer (model.layer)")

@@ -164,6 +164,8 @@ def test_a_shape_that_does_not_divide_names_the_nearest_that_does(sizes, model, 
     line = str(e.value)
     assert line.startswith("config.") and "\n" not in line
     assert all(part in line for part in said), line
+    near = line.partition("nearest: ")[2].split(" or ")
+    assert len(set(near)) == len(near), line
 
 
 def test_a_batch_is_cut_by_rows():
