@@ -1,27 +1,78 @@
-"""Several processes as one run: how they find each other, and what they agree on.
+"""Several processes as one run: how they find each other, agree, and part.
 
 Each process holds some of the devices; all of them run the same program on the same config and call
-the same collectives in the same order. One of them, the lead, writes what a run leaves behind.
-Everything here costs nothing in a run of one process.
+the same things here in the same order. One of them, the lead, writes what a run leaves behind
+(`by_lead`); what fails on one fails on all (`together`), so that none waits for one that is gone.
+They speak through the coordinator that `jax.distributed` keeps on the lead, however long one takes;
+only whether to stop is asked through the devices. In a run of one process all of this is nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import json
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.files import first_line
 from jaxlm.schema import JaxlmError, UserError
+
+T = TypeVar("T")
 
 COORDINATOR, PROCESSES, PROCESS = "JAXLM_COORDINATOR", "JAXLM_PROCESSES", "JAXLM_PROCESS"
 JOIN_S = 300  # how long one waits for the others
 SILENT_S = 30  # and after how long one that says nothing is lost: the others then end, too
-_TEXT = 2000  # bytes of an error that are told to all
+PART_S = 10  # how long one that is done waits for the others
+_POLL_MS = 1000  # a wait hears signals so often
+_calls = itertools.count()  # of what is agreed: the same number in all processes
+
+
+# ------------------------------------------------------------------------------------ join and part
+
+
+@contextlib.contextmanager
+def joined(found_by_themselves: bool = False) -> Iterator[None]:
+    """A block in which this process is one of a run's, as `join` finds it; they part at its end.
+
+    One that fails alone does not wait for the others: it says why and ends with its exit code, and
+    they are ended by its silence.
+    """
+    join(found_by_themselves)
+    if not several():
+        yield
+        return
+    try:
+        yield
+    except BaseException as e:
+        _part(e)
+        raise
+    _part(None)
+
+
+def _part(error: BaseException | None) -> None:
+    sys.stdout.flush()
+    try:
+        _client().wait_at_barrier("jaxlm/part", PART_S * 1000)
+    except Exception:
+        if isinstance(error, JaxlmError) or error is None:
+            line = error or "the other processes did not come to their end"
+            print(f"jaxlm: {line}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(getattr(error, "exit_code", 1))
+    jax.distributed.shutdown()
 
 
 def join(found_by_themselves: bool = False, environ: Mapping[str, str] = os.environ) -> None:
@@ -60,7 +111,23 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
+def _reach(coordinator: str) -> None:
+    """Waits until the lead listens: jax would end the process with a stack trace instead."""
+    host, _, port = coordinator.rpartition(":")
+    deadline, why = time.monotonic() + JOIN_S, ""
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 5.0).close()
+            return
+        except OSError as e:
+            why = e.strerror or str(e)
+            time.sleep(0.1)
+    raise JaxlmError(f"{COORDINATOR}: {coordinator} could not be reached in {JOIN_S} s: {why}")
+
+
 def _join(coordinator: str | None, n: int | None, i: int | None) -> None:
+    if coordinator and i:
+        _reach(coordinator)
     # It would take SIGTERM away from `workdir.StopFlag`, whose flag `Agreed` tells to all.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -69,15 +136,24 @@ def _join(coordinator: str | None, n: int | None, i: int | None) -> None:
         )
     except ValueError as e:  # jax found no cluster around it
         raise UserError(
-            f"--distributed: {str(e).splitlines()[0]}; expected a TPU VM, GKE, Slurm or MPI, or"
+            f"--distributed: {first_line(e)}; expected a TPU VM, GKE, Slurm or MPI, or"
             f" {COORDINATOR}, {PROCESSES} and {PROCESS}"
         ) from e
     except RuntimeError as e:
-        raise JaxlmError(f"could not join the others: {str(e).splitlines()[0]}") from e
+        raise JaxlmError(f"could not join the others: {first_line(e)}") from e
+
+
+# -------------------------------------------------------------------------------------------- agree
 
 
 def several() -> bool:
-    return jax.process_count() > 1
+    """Whether this process is one of several. Touches no device where it is alone."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_lead() -> bool:
+    """Whether this process writes the run's files."""
+    return not several() or jax.process_index() == 0
 
 
 def need_one(what: str) -> None:
@@ -86,54 +162,108 @@ def need_one(what: str) -> None:
         raise UserError(f"{what}: not yet in a run of several processes ({jax.process_count()})")
 
 
-def is_lead() -> bool:
-    """Whether this process writes the run's files."""
-    return jax.process_index() == 0
+def by_lead(do: Callable[[], T]) -> T:
+    """What the lead makes of it while the others wait, in all processes: what JSON holds.
+
+    What it raises, all raise.
+    """
+    if not several():
+        return do()
+    key = _key()
+    if not is_lead():
+        return _heard(_wait(key))
+    try:
+        value = do()
+    except BaseException as e:
+        _client().key_value_set(key, json.dumps({"error": _told(e)}))
+        raise
+    _client().key_value_set(key, json.dumps({"value": value}))
+    return value
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
-    if several():
-        from jax.experimental import multihost_utils
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that fails in all processes, once all have come to its end, if it fails in one.
 
-        multihost_utils.sync_global_devices(name)
+    Nothing in it may wait for other processes than the lead.
+    """
+    if not several():
+        yield
+        return
+    key, mine = _key(), None
+    try:
+        yield
+    except Exception as e:
+        mine = e
+    errors = _gather(key, mine and _told(mine))
+    if mine is not None:
+        raise mine
+    _heard(json.dumps({"error": next(filter(None, errors), None), "value": None}))
 
 
 def anyone(flag: Any) -> bool:
     """Whether it is true in any process; all of them ask."""
-    if not several():
-        return bool(flag)
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(bool(flag)))))
+    return any(_gather(_key(), bool(flag))) if several() else bool(flag)
 
 
-def by_lead(do: Callable[[], object]) -> None:
-    """The lead does it while the others wait; what it raises for a user's mistake or a failure, all
-    raise."""
-    if not several():
-        do()
-        return
-    from jax.experimental import multihost_utils
+def same(what: str, value: str) -> None:
+    """Raises UserError, in all processes, unless all bring the same text."""
+    first = by_lead(lambda: value)
+    with together():
+        if value != first:
+            i = jax.process_index()
+            raise UserError(f"{what}: process {i} has {value}, process 0 has {first}")
 
-    error: BaseException | None = None
-    if is_lead():
+
+def _key() -> str:
+    return f"jaxlm/{next(_calls)}"
+
+
+def _gather(key: str, value: Any) -> list[Any]:
+    """Everyone's value, in all processes, in their order."""
+    if not is_lead():
+        _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+        return json.loads(_wait(key))
+    others = (json.loads(_wait(f"{key}/{i}")) for i in range(1, jax.process_count()))
+    values = [value, *others]
+    _client().key_value_set(key, json.dumps(values))
+    return values
+
+
+def _client() -> Any:
+    # The only way to the coordinator's store; jax.experimental.multihost_utils and orbax take it.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _wait(key: str) -> str:
+    """The text of a key once it is there. Where a process is gone, jax ends this one, too."""
+    while True:
         try:
-            do()
-        except BaseException as e:
-            error = e
-    said = np.zeros(_TEXT + 2, np.uint8)
-    if error is not None:
-        text = str(error).encode()[:_TEXT]
-        said[: len(text) + 2] = [1 + isinstance(error, UserError), len(text) % 256, *text]
-        said[-1] = len(text) // 256
-    said = np.asarray(multihost_utils.broadcast_one_to_all(said))
-    if error is not None:
+            return _client().blocking_key_value_get(key, _POLL_MS)
+        except jax.errors.JaxRuntimeError as e:
+            if "DEADLINE_EXCEEDED" not in str(e):
+                raise JaxlmError(f"lost the other processes: {first_line(e)}") from e
+
+
+def _told(error: BaseException) -> list[Any]:
+    text = str(error) if isinstance(error, JaxlmError) else first_line(error)
+    return [getattr(error, "exit_code", 1), text]
+
+
+def _heard(text: str) -> Any:
+    """The value that was told. Raises the error that was."""
+    row = json.loads(text)
+    if row.get("error"):
+        code, line = row["error"]
+        error = (UserError if code == UserError.exit_code else JaxlmError)(line)
+        error.exit_code = code
         raise error
-    if said[0]:
-        n = int(said[1]) + 256 * int(said[-1])
-        told = bytes(said[2 : 2 + n].tolist()).decode(errors="replace")
-        raise (UserError if said[0] == 2 else JaxlmError)(told)
+    return row["value"]
+
+
+# --------------------------------------------------------------------------------------------- stop
 
 
 class Agreed:

@@ -96,7 +96,7 @@ def _claim(run: Run, held: contextlib.ExitStack) -> None:
 
 def _groups(todo: list[Run]) -> list[list[Run]]:
     """All at once, unless an interruption left them at different steps: then one by one."""
-    steps = {max(run.checkpoints.steps(), default=0) for run in todo}
+    steps = {max(hosts.by_lead(run.checkpoints.steps), default=0) for run in todo}
     return [todo] if len(steps) == 1 else [[run] for run in todo]
 
 
@@ -109,20 +109,21 @@ def _fit(
     watch: Sequence[loop.Observer],
 ) -> None:
     config = group[0].config
-    train_set = subset.of(_open(config, data_dir, "train"), config.data.unique_tokens)
-    sequences = config.train.steps * config.train.global_batch_size
-    mixture = loader.mixture_of(train_set, config.data, sequences)
-    for run in group:
-        seed = loop.data_seed(run.config)
-        loader.check_epochs(train_set, sequences, config.data.max_epochs, seed, mixture)
-    observers = [*_observers(config, data_dir), _seen(train_set, mixture), *watch]
     tracked = group if hosts.is_lead() else []
-    for run in tracked:
-        _keep_data_card(run.folder, data_dir)
     with contextlib.ExitStack() as held:
-        trackers = {
-            run.folder: held.enter_context(Trackers(run.config, run.folder)) for run in tracked
-        }
+        with hosts.together():
+            train_set = subset.of(_open(config, data_dir, "train"), config.data.unique_tokens)
+            sequences = config.train.steps * config.train.global_batch_size
+            mixture = loader.mixture_of(train_set, config.data, sequences)
+            for run in group:
+                seed = loop.data_seed(run.config)
+                loader.check_epochs(train_set, sequences, config.data.max_epochs, seed, mixture)
+            observers = [*_observers(config, data_dir), _seen(train_set, mixture), *watch]
+            for run in tracked:
+                _keep_data_card(run.folder, data_dir)
+            trackers = {
+                run.folder: held.enter_context(Trackers(run.config, run.folder)) for run in tracked
+            }
 
         def send(run: Run, row: dict[str, Any]) -> None:
             if hosts.is_lead():

@@ -244,12 +244,12 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), tree)
 
 
-def own_rows(mesh: jax.sharding.Mesh, n: int) -> tuple[int, int]:
-    """(lo, hi): the rows of a batch of n that this process's devices hold."""
+def own_rows(mesh: jax.sharding.Mesh, n: int) -> np.ndarray:
+    """The rows of a batch of n that this process's devices hold, ascending; on a torus, whose hosts
+    hold squares of it, they need not follow one another."""
     sharding = jax.NamedSharding(mesh, spec(("batch",)))
     places = sharding.addressable_devices_indices_map((n,)).values()
-    held = [at[0].indices(n) for at in places if at is not None]
-    return min(lo for lo, _, _ in held), max(hi for _, hi, _ in held)
+    return np.unique([np.arange(n)[at] for at in places if at is not None])
 
 
 def put_batch(tree: Any, mesh: jax.sharding.Mesh, leading: int = 0, rows: int = 0) -> Any:

@@ -16,7 +16,7 @@ from faults import command, start, words
 from jaxlm import api, hosts
 from jaxlm.experiment import load
 from jaxlm.files import read_jsonl
-from jaxlm.schema import UserError
+from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train.checkpoint import Checkpoints
 
 EXPERIMENT = """
@@ -135,34 +135,78 @@ def test_a_checkpoint_moves_from_four_processes_to_one_to_two(tmp_path):
     assert {8, 16, 24} <= set(at) and len(at) >= 4  # and where it was stopped
 
 
-LEADS = """
-    import os, sys
-    from jaxlm import hosts
+AGREE = """
+    import sys, time
+    import jax, numpy as np
+    from jaxlm import hosts, mesh
     from jaxlm.schema import JaxlmError, UserError
-    hosts.join()
 
     def fails():
-        raise UserError("--workdir: in use " + "é" * 300)
+        raise UserError("--workdir: in use " + "é" * 3000)
 
-    for do in (lambda: print("done", flush=True), fails):
+    def told(context, do=lambda: None):
         try:
-            hosts.by_lead(do)
-        except UserError as e:
-            print(type(e).__name__, len(str(e)), flush=True)
-    print(hosts.anyone(not hosts.is_lead()), hosts.anyone(False))
+            with context:
+                do()
+        except Exception as e:
+            print(type(e).__name__, str(e)[-40:])
+
+    def fails_on_one():
+        if not hosts.is_lead():
+            raise OSError(28, "No space left")
+
+    with hosts.joined():
+        print(hosts.by_lead(lambda: [jax.process_index(), "of", jax.process_count()]))
+        told(hosts.together(), lambda: hosts.by_lead(fails))
+        told(hosts.together(), fails_on_one)
+        print(hosts.anyone(not hosts.is_lead()), hosts.anyone(False))
+        told(hosts.together(), lambda: hosts.same("--config", str(hosts.is_lead())))
+        # Each holds two squares of a torus, as it were: every second device.
+        devices = np.array(jax.devices()).reshape(2, 2).T.reshape(1, 1, 1, 4, 1, 1)
+        on = jax.sharding.Mesh(devices, mesh.AXES, axis_types=mesh._EXPLICIT)
+        with jax.set_mesh(on):
+            rows, whole = mesh.own_rows(on, 8), np.arange(24).reshape(1, 8, 3)
+            placed = mesh.put_batch(whole[:, rows], on, 1, 8)
+            print(rows.tolist(), np.array_equal(jax.jit(mesh.whole)(placed), whole), flush=True)
+        time.sleep(float(sys.argv[1]) if hosts.is_lead() else 0)
+        if sys.argv[1] != "0" and not hosts.is_lead():
+            raise JaxlmError("alone")
 """
 
 
-@pytest.mark.slow
-def test_what_the_lead_alone_does_fails_for_all(tmp_path):
+def agreeing(lead_s):
+    """Exit codes, outputs and errors of two processes, of which the lead goes on for so long."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         at = f"localhost:{s.getsockname()[1]}"
     env = {hosts.COORDINATOR: at, hosts.PROCESSES: "2"}
-    both = [start(LEADS, env={**env, hosts.PROCESS: str(i)}) for i in range(2)]
-    said = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in ended(both)]
-    assert said[0] == ["done", "UserError 318", "True False"]
-    assert said[1] == ["UserError 318", "True False"]
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    both = [start(AGREE, lead_s, env={**env, hosts.PROCESS: str(i)}) for i in range(2)]
+    outputs = [child.communicate(timeout=300) for child in both]
+    said = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in outputs]
+    return [child.returncode for child in both], said, [err for _, err in outputs]
+
+
+def test_what_fails_in_one_process_fails_in_all(tmp_path):
+    codes, said, errors = agreeing(0)
+    assert codes == [0, 0], errors
+    differ = "--config: process 1 has False, process 0 has True"[-40:]
+    for i, lines in enumerate(said):
+        assert lines == [
+            "[0, 'of', 2]",
+            "UserError " + "é" * 40,
+            ["JaxlmError OSError: [Errno 28] No space left", "OSError [Errno 28] No space left"][i],
+            "True False",
+            f"UserError {differ}",
+            f"{[[0, 1, 4, 5], [2, 3, 6, 7]][i]} True",
+        ]
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_leaves_with_its_own_words(tmp_path, monkeypatch):
+    codes, _, errors = agreeing(25)
+    assert codes[1] == 1 and errors[1].splitlines()[-1] == "jaxlm: alone", errors[1]
+    assert codes[0] != 0  # it was ended, or came to an end without the other
 
 
 @pytest.mark.parametrize(
@@ -181,6 +225,16 @@ def test_numbers_that_do_not_fit_are_told(environ, expected):
         hosts.join(environ=given)
     hosts.join(environ={})  # alone
     assert jax.process_count() == 1 and not hosts.several()
+
+
+def test_a_lead_that_cannot_be_reached_is_told(monkeypatch):
+    monkeypatch.setattr(hosts, "JOIN_S", 1)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        at = f"localhost:{s.getsockname()[1]}"
+    given = {"JAXLM_COORDINATOR": at, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "1"}
+    with pytest.raises(JaxlmError, match=f"^JAXLM_COORDINATOR: {at} could not be reached in 1 s"):
+        hosts.join(environ=given)
 
 
 def test_processes_that_cannot_be_found_are_told(tmp_path):

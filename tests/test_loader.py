@@ -161,8 +161,9 @@ def test_over_the_epochs_of_an_interrupted_run_each_sample_comes_once_an_epoch()
 @pytest.mark.parametrize(("steps", "per_chunk"), [(7, 3), (6, 3), (2, 5), (0, 4), (5, 1)])
 def test_chunks_read_ahead_are_the_chunks(steps, per_chunk):
     data = dataset([11, 30, 5, 300], 5)
-    found = list(loader.chunks(data, 1, 40, steps, 4, per_chunk, rows=(1, 3)))
-    want = loader.chunk(data, 1, 40, steps, 4, rows=(1, 3))
+    rows = np.array([1, 3])
+    found = list(loader.chunks(data, 1, 40, steps, 4, per_chunk, rows))
+    want = loader.chunk(data, 1, 40, steps, 4, rows)
     lengths = [len(b.tokens) for b in found]
     assert lengths == [min(per_chunk, steps - i) for i in range(0, steps, per_chunk)]
     for i, leaf in enumerate(want):
@@ -398,7 +399,10 @@ def test_hosts_workers_and_stops_change_nothing(hosts, workers, how):
     for begin, end in zip([0, *cuts], [*cuts, steps], strict=True):
         parts = []
         for host in range(hosts):
-            mine, at = (host * rows, (host + 1) * rows), (5, begin * batch_size, end - begin)
+            mine, at = (
+                np.arange(host * rows, (host + 1) * rows),
+                (5, begin * batch_size, end - begin),
+            )
             if workers:
                 read = loader.chunks(data, *at, batch_size, workers, mine, mixed)
                 parts.append(np.concatenate([b.tokens for b in read]))

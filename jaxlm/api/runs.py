@@ -51,6 +51,7 @@ def train(
         need(tracker)
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopFlag(grace_s=None)) if stop is None else stop
+        hosts.same("--config: its fingerprint", fingerprint(config))
         folder, mirror = held.enter_context(workdir_of(workdir))
         row = record.read(folder)
         if row is not None and row.fingerprint == fingerprint(config):
@@ -59,9 +60,11 @@ def train(
             asked = watching.read(config)
             mesh.make(config)  # what these devices cannot be is told before any text is read
             data_dir = Path(config.data.dir) if config.data.dir else folder / "data"
-            hosts.by_lead(
-                lambda: shards.build(config.data, config.text_ids, data_dir, data_progress)
-            )
+
+            def build() -> None:
+                shards.build(config.data, config.text_ids, data_dir, data_progress)
+
+            hosts.by_lead(build)
             if hosts.anyone(stop):
                 raise _stopped(stop)
             say(banner(config))

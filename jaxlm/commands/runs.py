@@ -72,8 +72,7 @@ def _train(values: Flags, overrides: list[tuple[str, str]]) -> int:
     from jaxlm import api, hosts
     from jaxlm.train.workdir import StopFlag
 
-    with StopFlag() as stop:
-        hosts.join(values["distributed"])
+    with StopFlag() as stop, hosts.joined(values["distributed"]):
         out = show.Lines(to_stderr=values["json"], quiet=not hosts.is_lead())
         row = api.train(
             config,

@@ -46,16 +46,16 @@ def chunk(
     position: int,
     steps: int,
     batch_size: int,
-    rows: tuple[int, int] | None = None,
+    rows: np.ndarray | None = None,
     mixture: Mixture | None = None,
 ) -> Batch | WordBatch | TaughtBatch | PairBatch:
     """The next `steps` global batches of a run that has consumed `position` sequences.
 
-    Leaves are [steps, batch_size, t]. With `rows=(lo, hi)` only these rows of each global batch
-    are read ([steps, hi - lo, t]): what one host of many feeds to its devices.
+    Leaves are [steps, batch_size, t]. With `rows` (int) only these rows of each global batch are
+    read ([steps, len(rows), t]): what one process of many feeds to its devices.
     """
-    lo, hi = rows or (0, batch_size)
-    samples = position + np.arange(steps)[:, None] * batch_size + np.arange(lo, hi)
+    rows = np.arange(batch_size) if rows is None else rows
+    samples = position + np.arange(steps)[:, None] * batch_size + rows
     return dataset.windows(_numbers(dataset, mixture, seed, samples))
 
 
@@ -78,7 +78,7 @@ def chunks(
     steps: int,
     batch_size: int,
     steps_per_chunk: int = 1,
-    rows: tuple[int, int] | None = None,
+    rows: np.ndarray | None = None,
     mixture: Mixture | None = None,
 ) -> Iterator[Batch | WordBatch | TaughtBatch]:
     """`chunk` after `chunk` for the next `steps` steps, read ahead in a thread of grain's.
@@ -102,7 +102,7 @@ class _Chunks:
     steps: int
     batch_size: int
     steps_per_chunk: int
-    rows: tuple[int, int] | None
+    rows: np.ndarray | None
     mixture: Mixture | None
 
     def __len__(self) -> int:

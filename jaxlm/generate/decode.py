@@ -357,8 +357,8 @@ def _choice(
 
 
 def _by_row(tree: Any) -> Any:
-    """On the mesh, cut by rows; every host has all of them."""
-    return jax.device_put(tree, jax.NamedSharding(jax.sharding.get_mesh(), spec(("batch",))))
+    """On the mesh, cut by rows; every process has all of them."""
+    return mesh.put_batch(tree, jax.sharding.get_mesh())
 
 
 def _rows(n: int) -> int:

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from jaxlm import hosts
 from jaxlm.files import MANIFEST, first_line, fsync_dir, fsync_tree, plain, read_json, write_json
 from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train.digest import describe
@@ -54,9 +55,8 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int = 2, *, background: bool | None = None):
         self.folder = Path(folder)
         self.keep = keep
-        one_process = jax.process_count() == 1
         on_cpu = jax.default_backend() == "cpu"
-        self._background = one_process and not on_cpu if background is None else background
+        self._background = not (hosts.several() or on_cpu) if background is None else background
         self._thread = ThreadPoolExecutor(1, "checkpoint") if self._background else None
         self._saving: Future[int] | None = None
         self._committed: int | None = None
@@ -71,13 +71,14 @@ class Checkpoints:
         the previous save too): earlier steps are intact, and the next save may succeed.
         """
         self._finish(wait=True)
-        if step in self.steps():
+        if hosts.by_lead(lambda: step in self.steps()):
             return
         arrays = by_path(state)
-        if jax.process_count() == 1:
+        if not hosts.several():
             # On the host: orbax writes them twice as fast, and the step may donate the originals.
             arrays = {path: np.asarray(x) for path, x in arrays.items()}
-        _need_space(self.folder, sum(x.nbytes for x in arrays.values()))
+        nbytes = sum(x.nbytes for x in arrays.values())
+        hosts.by_lead(lambda: _need_space(self.folder, nbytes))
         if self._thread is not None:
             self._saving = self._thread.submit(self._write, step, arrays, meta)
         else:
@@ -114,23 +115,27 @@ class Checkpoints:
         part, final = self.folder / f"{step}.tmp", self.folder / str(step)
         manifest = {"format": FORMAT, "step": step, "meta": plain(meta), "arrays": entries}
         manifest["checksum"] = _checksum(manifest)
+
+        def begin() -> None:
+            shutil.rmtree(part, ignore_errors=True)
+            (part / "state").mkdir(parents=True)
+
+        def end() -> None:
+            _orbax("finalize", part / "state")
+            fsync_tree(part)
+            write_json(part / MANIFEST, manifest)
+            part.rename(final)
+            fsync_dir(self.folder)
+
         try:
-            if _is_first():
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
-            _barrier("checkpoint folder")
-            _orbax("save", part.resolve() / "state", _nested(arrays))
-            if _is_first():
-                fsync_tree(part)
-                write_json(part / MANIFEST, manifest)
-                part.rename(final)
-                fsync_dir(self.folder)
-            _barrier("checkpoint committed")
+            hosts.by_lead(begin)
+            with hosts.together():
+                _orbax("save", part / "state", _nested(arrays))
+            hosts.by_lead(end)
         except Exception as e:
             shutil.rmtree(part, ignore_errors=True)
             raise _not_saved(final, e, self.steps()) from e
-        if _is_first():
-            self._drop_old()
+        hosts.by_lead(self._drop_old)
         return step
 
     def _drop_old(self) -> None:
@@ -154,39 +159,42 @@ class Checkpoints:
         JaxlmError, renaming nothing, where steps were saved and none verifies.
         """
         self._finish(wait=True)
-        if _is_first():
-            for leftover in self.folder.glob("*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        if not self._all():
+        if not hosts.by_lead(self._tidied):
             return None
         step, state, meta, damaged = self._newest(abstract_state, part=False)
         for bad, why in damaged.items():
-            aside = _aside(self.folder / str(bad))
-            logging.warning("%s/%d: %s; set aside as %s", self.folder, bad, why, aside.name)
-            if _is_first():
-                (self.folder / str(bad)).rename(aside)
+            aside = hosts.by_lead(lambda bad=bad: _set_aside(self.folder / str(bad)))
+            logging.warning("%s/%d: %s; set aside as %s", self.folder, bad, why, aside)
         return step, state, meta
+
+    def _tidied(self) -> bool:
+        """Removes what killed saves left; whether anything was saved."""
+        for leftover in self.folder.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return bool(self._all())
 
     def load(self, abstract_part: Tree) -> tuple[int, Tree, dict[str, Any]]:
         """As `restore`, for a part of the state such as `{"params": …}`, and changing nothing.
 
         Safe while another process trains. Raises UserError where nothing was saved.
         """
-        while steps := self.steps():
+        while steps := hosts.by_lead(self.steps):
             try:
                 return self._newest(abstract_part, part=True)[:3]
             except JaxlmError:
-                if self.steps() == steps:  # else the trainer dropped them as they were read
+                if hosts.by_lead(self.steps) == steps:  # else they were dropped as they were read
                     raise
         raise UserError(f"{self.folder}: no checkpoint")
 
     def _newest(self, tree: Any, part: bool) -> tuple[int, Any, dict[str, Any], dict[int, str]]:
         wanted, treedef = by_path(tree), jax.tree.structure(tree)
         damaged: dict[int, str] = {}
-        for step in reversed(self._all()):
+        for step in reversed(hosts.by_lead(self._all)):
             folder = self.folder / str(step)
             try:
-                manifest = read_manifest(folder)
+                manifest, why = hosts.by_lead(lambda folder=folder: _manifest_or_why(folder))
+                if why:
+                    raise Damaged(why)
                 _need_same(folder, wanted, manifest["arrays"], part)
                 arrays = _verified(folder, wanted, manifest["arrays"])
             except Damaged as e:
@@ -218,6 +226,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _manifest_or_why(folder: Path) -> tuple[dict[str, Any], str]:
+    """The manifest, or why there is none."""
+    try:
+        return read_manifest(folder), ""
+    except Damaged as e:
+        return {}, str(e)
+
+
 def _checksum(manifest: dict[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -239,7 +255,7 @@ def _verified(folder: Path, wanted: Arrays, entries: dict[str, Any]) -> list[jax
     """The wanted arrays, in their order and shardings. Raises Damaged."""
     import orbax.checkpoint as ocp
 
-    on_host = jax.process_count() == 1
+    on_host = not hosts.several()
 
     def how(x: Any) -> Any:
         if on_host:
@@ -252,10 +268,12 @@ def _verified(folder: Path, wanted: Arrays, entries: dict[str, Any]) -> list[jax
         partial_restore=len(wanted) < len(entries),
     )
     try:
-        arrays = by_path(_orbax("restore", folder.resolve() / "state", args=args))
-        found = describe({path: arrays[path] for path in wanted})
-    except (OrbaxError, KeyError) as e:
+        with hosts.together():
+            arrays = by_path(_orbax("restore", folder / "state", args=args))
+            arrays = {path: arrays[path] for path in wanted}
+    except (OrbaxError, KeyError, JaxlmError) as e:
         raise Damaged(f"state cannot be read ({first_line(e)})") from e
+    found = describe(arrays)
     bad = [p for p in wanted if any(found[p][key] != value for key, value in entries[p].items())]
     if bad:
         raise Damaged(f"the values of {_some(bad)} are not those that were saved")
@@ -290,14 +308,18 @@ class OrbaxError(Exception):
     """What orbax raised, as `Type: message`."""
 
 
-def _orbax(method: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls an orbax checkpointer. Raises OrbaxError."""
+def _orbax(method: str, folder: Path, *args: Any, **kwargs: Any) -> Any:
+    """Calls orbax on a folder. Raises OrbaxError.
+
+    Its handler, not a `Checkpointer`: that waits for the other processes where one may have failed.
+    """
     import orbax.checkpoint as ocp
+    from etils import epath
 
     # Weights hardly compress (8 % of float32), and compressing takes longer than writing.
-    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     try:
-        return getattr(checkpointer, method)(*args, **kwargs)
+        return getattr(handler, method)(epath.Path(folder.resolve()), *args, **kwargs)
     except Exception as e:
         failure = f"{type(e).__name__}: {e}"
     # It leaves failed futures behind, whose tracebacks asyncio prints once they are collected.
@@ -337,25 +359,15 @@ def _not_saved(final: Path, error: Exception, intact: list[int]) -> JaxlmError:
     return JaxlmError(f"{final}: not saved: {'disk full' if full else first_line(error)}; {newest}")
 
 
-def _aside(folder: Path) -> Path:
-    """A free name STEP.corrupt, STEP.2.corrupt, …"""
+def _set_aside(folder: Path) -> str:
+    """Renames to STEP.corrupt, or STEP.2.corrupt, …; the name."""
     name, n = folder.with_name(f"{folder.name}.corrupt"), 1
     while name.exists():
         n += 1
         name = folder.with_name(f"{folder.name}.{n}.corrupt")
-    return name
+    folder.rename(name)
+    return name.name
 
 
 def _some(paths: list[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
-def _is_first() -> bool:
-    return jax.process_index() == 0
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

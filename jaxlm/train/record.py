@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jaxlm import hosts
 from jaxlm.config import Config
 from jaxlm.files import read_json, write_json
 from jaxlm.model.scale import size
@@ -99,10 +100,14 @@ def write(folder: Path, record: RunRecord) -> None:
 
 
 def read(folder: Path) -> RunRecord | None:
-    """The record in a run's folder; None while there is none. Raises JaxlmError if damaged."""
+    """The record in a run's folder; None while there is none. Raises JaxlmError if damaged.
+
+    Of several processes all call this, and get what the lead sees: on a network file system the
+    others may see it later.
+    """
     path = folder / "record.json"
-    if not path.exists():
+    values = hosts.by_lead(lambda: read_json(path, "record") if path.exists() else None)
+    if values is None:
         return None
-    values = read_json(path, "record")
     values.pop("format")
     return from_dict(RunRecord, values, str(path))
