@@ -18,6 +18,7 @@ import json
 import logging as stdlib_logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,7 +164,7 @@ class Checkpoints:
             return None
         step, state, meta, damaged = self._newest(abstract_state, part=False)
         for bad, why in damaged.items():
-            aside = hosts.by_lead(lambda bad=bad: _set_aside(self.folder / str(bad)))
+            aside = hosts.by_lead(partial(_set_aside, self.folder / str(bad)))
             logging.warning("%s/%d: %s; set aside as %s", self.folder, bad, why, aside)
         return step, state, meta
 
@@ -192,7 +193,7 @@ class Checkpoints:
         for step in reversed(hosts.by_lead(self._all)):
             folder = self.folder / str(step)
             try:
-                manifest, why = hosts.by_lead(lambda folder=folder: _manifest_or_why(folder))
+                manifest, why = hosts.by_lead(partial(_manifest_or_why, folder))
                 if why:
                     raise Damaged(why)
                 _need_same(folder, wanted, manifest["arrays"], part)
