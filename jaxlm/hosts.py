@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -80,8 +81,9 @@ def join(found_by_themselves: bool = False, environ: Mapping[str, str] = os.envi
     `JAXLM_PROCESSES=n`, `JAXLM_PROCESS=i`), else where jax finds the others by itself (TPU VM, GKE,
     Slurm, MPI). Call it before jax is used. Without either it does nothing.
 
-    Raises UserError, one line, for numbers that do not fit, and where jax finds nothing;
-    JaxlmError where the others do not come within `JOIN_S` seconds.
+    Raises UserError, one line, for numbers that do not fit, and where jax finds nothing; JaxlmError
+    where the lead cannot be reached within `JOIN_S` seconds. Where others do not come within them,
+    the process says so and ends with that error's exit code.
     """
     named = {name: environ.get(name, "") for name in (COORDINATOR, PROCESSES, PROCESS)}
     if not any(named.values()):
@@ -130,9 +132,12 @@ def _join(coordinator: str | None, n: int | None, i: int | None) -> None:
         _reach(coordinator)
     # It would take SIGTERM away from `workdir.StopFlag`, whose flag `Agreed` tells to all.
     jax.config.update("jax_enable_preemption_service", False)
+    late = threading.Timer(JOIN_S, _give_up)
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
-            coordinator, n, i, initialization_timeout=JOIN_S, heartbeat_timeout_seconds=SILENT_S
+            coordinator, n, i, initialization_timeout=2 * JOIN_S, heartbeat_timeout_seconds=SILENT_S
         )
     except ValueError as e:  # jax found no cluster around it
         raise UserError(
@@ -141,6 +146,14 @@ def _join(coordinator: str | None, n: int | None, i: int | None) -> None:
         ) from e
     except RuntimeError as e:
         raise JaxlmError(f"could not join the others: {first_line(e)}") from e
+    finally:
+        late.cancel()
+
+
+def _give_up() -> None:
+    """In place of jax, which ends the process with a stack trace."""
+    os.write(2, f"jaxlm: not all processes of the run came within {JOIN_S} s\n".encode())
+    os._exit(JaxlmError.exit_code)
 
 
 # -------------------------------------------------------------------------------------------- agree

@@ -516,11 +516,12 @@ HOSTS = """
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // n}"
     import jax, numpy as np
     from jax import NamedSharding, P
+    from jaxlm import hosts
     from jaxlm.schema import JaxlmError
+    from jaxlm.train import checkpoint
     from jaxlm.train.checkpoint import Checkpoints
-    if n > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", n, i)
+    told = {hosts.COORDINATOR: f"localhost:{port}", hosts.PROCESSES: str(n), hosts.PROCESS: str(i)}
+    hosts.join(environ=told)
     mesh = jax.make_mesh((4,), ("data",))
     specs = {"cut": P("data"), "across": P(None, "data"), "copied": P(), "count": P()}
     values = {k: np.random.default_rng(1).standard_normal((8, 12)).astype("f") for k in specs}
@@ -534,6 +535,19 @@ HOSTS = """
     if verb == "save":
         checkpoints.save(7, state, {"position": 7})
         checkpoints.save(9, state, {"position": 9})
+        works = checkpoint._orbax
+        if i == n - 1:  # the disk of one is full
+
+            def full(*args):
+                raise checkpoint.OrbaxError("OSError: No space left on device")
+
+            checkpoint._orbax = full
+        try:
+            checkpoints.save(10, state, {})
+        except JaxlmError as e:
+            assert "not saved: disk full; step 9 is intact" in str(e), e
+        assert checkpoints.steps() == [7, 9]
+        checkpoint._orbax = works
         try:
             checkpoints.save(11, {**state, "cut": state["cut"] / 0}, {})
         except JaxlmError as e:

@@ -237,6 +237,17 @@ def test_a_lead_that_cannot_be_reached_is_told(monkeypatch):
         hosts.join(environ=given)
 
 
+def test_a_lead_that_waits_in_vain_says_so():
+    code = "    from jaxlm import hosts; hosts.JOIN_S = 1; hosts.join()"
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        at = f"localhost:{s.getsockname()[1]}"
+    child = start(code, env={hosts.COORDINATOR: at, hosts.PROCESSES: "2", hosts.PROCESS: "0"})
+    _, err = child.communicate(timeout=200)
+    assert child.returncode == 1, err
+    assert err == "jaxlm: not all processes of the run came within 1 s\n"
+
+
 def test_processes_that_cannot_be_found_are_told(tmp_path):
     path = experiment(tmp_path)
     child = command("train", f"--config={path}", f"--workdir={tmp_path / 'run'}", "--distributed")
