@@ -92,11 +92,11 @@ def _finetune(values: Flags, overrides: list[tuple[str, str]]) -> int:
     from jaxlm import show
 
     config = experiment(values, overrides, Config)
-    from jaxlm import api
+    from jaxlm import api, hosts
     from jaxlm.train.workdir import StopFlag
 
     out = show.Lines(to_stderr=values["json"])
-    with StopFlag() as stop:
+    with StopFlag() as stop, hosts.joined():
         row = api.finetune(config, values["workdir"], say=out.say, progress=out.row, stop=stop)
     out.record(row)
     if values["json"]:
