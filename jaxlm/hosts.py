@@ -184,13 +184,15 @@ def by_lead(do: Callable[[], T]) -> T:
         return do()
     key = _key()
     if not is_lead():
-        return _heard(_wait(key))
+        found = _wait(key)
+        _raise(found["error"])
+        return found["value"]
     try:
         value = do()
+        _tell(key, {"value": value, "error": None})
     except BaseException as e:
-        _client().key_value_set(key, json.dumps({"error": _told(e)}))
+        _tell(key, {"error": _told(e)})
         raise
-    _client().key_value_set(key, json.dumps({"value": value}))
     return value
 
 
@@ -211,7 +213,7 @@ def together() -> Iterator[None]:
     errors = _gather(key, mine and _told(mine))
     if mine is not None:
         raise mine
-    _heard(json.dumps({"error": next(filter(None, errors), None), "value": None}))
+    _raise(next(filter(None, errors), None))
 
 
 def anyone(flag: Any) -> bool:
@@ -235,11 +237,10 @@ def _key() -> str:
 def _gather(key: str, value: Any) -> list[Any]:
     """Everyone's value, in all processes, in their order."""
     if not is_lead():
-        _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-        return json.loads(_wait(key))
-    others = (json.loads(_wait(f"{key}/{i}")) for i in range(1, jax.process_count()))
-    values = [value, *others]
-    _client().key_value_set(key, json.dumps(values))
+        _tell(f"{key}/{jax.process_index()}", value)
+        return _wait(key)
+    values = [value, *(_wait(f"{key}/{i}") for i in range(1, jax.process_count()))]
+    _tell(key, values)
     return values
 
 
@@ -250,11 +251,15 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _wait(key: str) -> str:
-    """The text of a key once it is there. Where a process is gone, jax ends this one, too."""
+def _tell(key: str, value: Any) -> None:
+    _client().key_value_set(key, json.dumps(value))
+
+
+def _wait(key: str) -> Any:
+    """What is told under a key, once it is. Where a process is gone, jax ends this one, too."""
     while True:
         try:
-            return _client().blocking_key_value_get(key, _POLL_MS)
+            return json.loads(_client().blocking_key_value_get(key, _POLL_MS))
         except jax.errors.JaxRuntimeError as e:
             if "DEADLINE_EXCEEDED" not in str(e):
                 raise JaxlmError(f"lost the other processes: {first_line(e)}") from e
@@ -265,15 +270,13 @@ def _told(error: BaseException) -> list[Any]:
     return [getattr(error, "exit_code", 1), text]
 
 
-def _heard(text: str) -> Any:
-    """The value that was told. Raises the error that was."""
-    row = json.loads(text)
-    if row.get("error"):
-        code, line = row["error"]
+def _raise(told: list[Any] | None) -> None:
+    """Another process's error, here."""
+    if told:
+        code, line = told
         error = (UserError if code == UserError.exit_code else JaxlmError)(line)
         error.exit_code = code
         raise error
-    return row["value"]
 
 
 # --------------------------------------------------------------------------------------------- stop
