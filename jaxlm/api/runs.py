@@ -43,6 +43,8 @@ def train(
     check_names(config)
     if config.tune.examples or config.train.objective in OF_EXAMPLES:
         raise UserError("config.tune.examples: labelled examples are for 'jaxlm finetune'")
+    if config.train.tasks:
+        hosts.need_one("config.train.tasks")
     start = None
     if config.tune.start:
         hosts.need_one("config.tune.start")
