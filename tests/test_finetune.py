@@ -370,6 +370,9 @@ def test_adapters_go_on_from_a_classifier(reviews: Path, trained: Path, tmp_path
     c = replace(c, tune=tuned, train=short, model=ModelConfig())
     row = api.finetune(c, tmp_path / "lora")
     assert row.loss < 0.3 and row.d_model == 16
+    rows = [json.loads(line) for line in (tmp_path / "lora" / "metrics.jsonl").open()]
+    [before, after] = [(r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r]
+    assert before[0] == 0 and before[1] >= 0.95 and after[0] == 10  # of what it began with, too
     adapted = jaxlm.from_pretrained(tmp_path / "lora")
     assert adapted.classify(["the film was fine"]).argmax() == 1
     stored = list((tmp_path / "lora" / "checkpoints" / "10").rglob("*"))
