@@ -17,7 +17,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.mesh import spec
 from jaxlm.model.attention import attend
 from jaxlm.model.moe import Experts, Sums
-from jaxlm.model.parts import Norm, activated, declare, dropout, product, use
+from jaxlm.model.parts import Norm, activated, declare, dropout, plus, times
 from jaxlm.model.positions import Rope, rotate
 from jaxlm.model_config import GATED
 
@@ -114,18 +114,18 @@ class Attention(nnx.Module):
     def queries(self, x_btd: jax.Array) -> jax.Array:
         """[b, t, h, k], before rotation."""
         by_head = spec(("batch", "seq", "heads", None))
-        q_bthk = product("btd,dhk->bthk", x_btd, use(self.query, x_btd), by_head)
-        q_bthk = q_bthk + use(self.query_bias, x_btd) if self.has_bias else q_bthk
+        q_bthk = times("btd,dhk->bthk", x_btd, self.query, by_head)
+        q_bthk = plus(q_bthk, self.query_bias) if self.has_bias else q_bthk
         return self._normed(self.query_norm, q_bthk)
 
     def keys_values(self, x_bsd: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[b, s, g, k] each, before rotation."""
         by_head = spec(("batch", "seq", "kv_heads", None))
-        k_bsgk = product("bsd,dgk->bsgk", x_bsd, use(self.key, x_bsd), by_head)
-        v_bsgk = product("bsd,dgk->bsgk", x_bsd, use(self.value, x_bsd), by_head)
+        k_bsgk = times("bsd,dgk->bsgk", x_bsd, self.key, by_head)
+        v_bsgk = times("bsd,dgk->bsgk", x_bsd, self.value, by_head)
         if self.has_bias:
-            k_bsgk = k_bsgk + use(self.key_bias, x_bsd)
-            v_bsgk = v_bsgk + use(self.value_bias, x_bsd)
+            k_bsgk = plus(k_bsgk, self.key_bias)
+            v_bsgk = plus(v_bsgk, self.value_bias)
         return self._normed(self.key_norm, k_bsgk), v_bsgk
 
     def _normed(self, norm: Norm | None, x_bthk: jax.Array) -> jax.Array:
@@ -139,8 +139,8 @@ class Attention(nnx.Module):
 
     def outputs(self, y_bthk: jax.Array) -> jax.Array:
         out_spec = spec(("batch", "seq", None))
-        y_btd = product("bthk,hkd->btd", y_bthk, use(self.out, y_bthk), out_spec)
-        return y_btd + use(self.out_bias, y_btd) if self.has_bias else y_btd
+        y_btd = times("bthk,hkd->btd", y_bthk, self.out, out_spec)
+        return plus(y_btd, self.out_bias) if self.has_bias else y_btd
 
 
 def put(cache_csgk: jax.Array, new_btgk: jax.Array, context: Context) -> jax.Array:
@@ -188,16 +188,16 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         wide = spec(("batch", "seq", "d_ff"))
-        y_btf = product("btd,df->btf", x_btd, use(self.up, x_btd), wide)
+        y_btf = times("btd,df->btf", x_btd, self.up, wide)
         if self.up_bias is not None:
-            y_btf = y_btf + use(self.up_bias, x_btd)
+            y_btf = plus(y_btf, self.up_bias)
         gate_btf = None
         if self.gate is not None:
-            gate_btf = product("btd,df->btf", x_btd, use(self.gate, x_btd), wide)
+            gate_btf = times("btd,df->btf", x_btd, self.gate, wide)
         y_btf = activated(self.kind, y_btf, gate_btf)
         out_spec = spec(("batch", "seq", None))
-        y_btd = product("btf,fd->btd", y_btf, use(self.down, x_btd), out_spec)
-        return y_btd if self.down_bias is None else y_btd + use(self.down_bias, x_btd)
+        y_btd = times("btf,fd->btd", y_btf, self.down, out_spec)
+        return y_btd if self.down_bias is None else plus(y_btd, self.down_bias)
 
 
 class Block(nnx.Module):

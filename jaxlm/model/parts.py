@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,30 +48,61 @@ def use(param: nnx.Param, like: jax.Array) -> jax.Array:
     return jax.reshard(param[...].astype(like.dtype), spec(axes, gathered=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+class Matrix(NamedTuple):
+    """How a parameter is kept, and how a product wants it."""
+
+    kept: P
+    dtype: Any
+    used: P  # gathered over fsdp
+
+
+def times(formula: str, x: jax.Array, param: nnx.Param, out_spec: P) -> jax.Array:
+    """`product` with a declared parameter."""
+    used = spec(param.get_metadata()["axes"], gathered=True)
+    return product(formula, x, param[...], used, out_spec)
+
+
 def product(
-    formula: str, x: jax.Array, w: jax.Array, out_spec: P, dtype: jax.typing.DTypeLike | None = None
+    formula: str,
+    x: jax.Array,
+    w: jax.Array,
+    used: P,
+    out_spec: P,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """`einsum(formula, x, w)` of activations with a matrix, laid out as `out_spec`, in `dtype` or
-    that of `x`; with a gradient of its own, equal to einsum's but for rounding.
+    that of `x`; with a gradient of its own, equal to einsum's but for rounding. `w` is multiplied
+    in the type of `x` and laid out as `used`; its gradient is summed over rows and devices in its
+    own type, float32, and laid out as `w` is.
 
     A CPU multiplies only what it can read along rows, so the gradient of a matrix needs `x` or the
     output's gradient transposed. Autodiff has it transpose the latter, fused with the backward of
     a non-linearity, which is slow; here it is `x`, or the smaller of the two (docs/performance.md).
     """
-    return jnp.einsum(formula, x, w, preferred_element_type=dtype, out_sharding=out_spec)
+    matrix = Matrix(jax.typeof(w).sharding.spec, w.dtype, used)
+    return _product(formula, matrix, out_spec, dtype, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _product(
+    formula: str, matrix: Matrix, out_spec: P, dtype: Any, x: jax.Array, w: jax.Array
+) -> jax.Array:
+    return _product_fwd(formula, matrix, out_spec, dtype, x, w)[0]
 
 
 def _product_fwd(
-    formula: str, x: jax.Array, w: jax.Array, out_spec: P, dtype: jax.typing.DTypeLike | None
+    formula: str, matrix: Matrix, out_spec: P, dtype: Any, x: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return product(formula, x, w, out_spec, dtype), (x, w)
+    w = jax.reshard(w.astype(x.dtype), matrix.used)
+    y = jnp.einsum(formula, x, w, preferred_element_type=dtype, out_sharding=out_spec)
+    return y, (x, w)
 
 
 def _product_bwd(
     formula: str,
+    matrix: Matrix,
     out_spec: P,
-    dtype: jax.typing.DTypeLike | None,
+    dtype: Any,
     saved: tuple[jax.Array, jax.Array],
     dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -82,19 +114,52 @@ def _product_bwd(
     if math.prod(x.shape) > math.prod(dy.shape):
         (first, of_first), (second, of_second) = (dy, out), (x, of_x)
     order = sorted(range(w.ndim), key=lambda i: of_w[i] not in of_first)
-    layout = jax.typeof(w).sharding
     dw = jnp.einsum(
         f"{of_first},{of_second}->{''.join(of_w[i] for i in order)}",
         first,
         second,
-        out_sharding=jax.NamedSharding(layout.mesh, P(*[layout.spec[i] for i in order])),
+        preferred_element_type=matrix.dtype,
+        out_sharding=P(*[matrix.kept[i] for i in order]),
     )
     if order != sorted(order):  # without the barrier XLA turns the product round again
         dw = jax.lax.optimization_barrier(dw).transpose([order.index(i) for i in range(w.ndim)])
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    return dx.astype(x.dtype), dw.astype(matrix.dtype)
 
 
-product.defvjp(_product_fwd, _product_bwd)
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def lookup(param: nnx.Param, ids: jax.Array, out_spec: P, dtype: Any) -> jax.Array:
+    """Rows of a table of parameters, in `dtype`; its gradient is summed in its own type, float32.
+    The table is gathered whole: a lookup in a vocab-sharded table has no cheap rule."""
+    table = param[...]
+    kept = (table.shape, table.dtype, jax.typeof(table).sharding.spec)
+    return _lookup(kept, out_spec, dtype, table, ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _lookup(kept: Any, out_spec: P, dtype: Any, table: jax.Array, ids: jax.Array) -> jax.Array:
+    whole = jax.reshard(table.astype(dtype), P(None, None))
+    return whole.at[ids].get(out_sharding=out_spec)
+
+
+def _lookup_fwd(kept: Any, out_spec: P, dtype: Any, table: jax.Array, ids: jax.Array) -> Any:
+    return _lookup(kept, out_spec, dtype, table, ids), ids
+
+
+def _lookup_bwd(kept: Any, out_spec: P, dtype: Any, ids: jax.Array, dy: jax.Array) -> Any:
+    shape, of, layout = kept
+    _, back = jax.vjp(lambda w: w.at[ids].get(out_sharding=out_spec), jnp.zeros(shape, of))
+    return jax.reshard(back(dy.astype(of))[0], layout), None
+
+
+_lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+def plus(y: jax.Array, bias: nnx.Param) -> jax.Array:
+    """`y` and a bias, added in float32, as is the bias's gradient."""
+    y32 = y.astype(jnp.float32)
+    return (y32 + use(bias, y32)).astype(y.dtype)
 
 
 class Norm(nnx.Module):

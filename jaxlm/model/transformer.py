@@ -21,7 +21,7 @@ from jaxlm.mesh import platform, spec
 from jaxlm.model import stacks
 from jaxlm.model.layers import Context, Memory
 from jaxlm.model.moe import Sums
-from jaxlm.model.parts import activated, dropout, product, use
+from jaxlm.model.parts import activated, dropout, lookup, product, use
 from jaxlm.model.stacks import Model, Params
 from jaxlm.schema import UserError
 
@@ -218,12 +218,13 @@ def hidden_cached(
 
 def logits(config: ModelConfig, params: Params, x_btd: jax.Array) -> jax.Array:
     """Float32 logits [b, t, v] of final hidden states."""
-    w_vd = unembedding(config, params).astype(x_btd.dtype)
+    w_vd = unembedding(config, params)
     head = _model(config, params).masked if config.mlm_head else None
     if head is not None:
         x_btd = jnp.einsum("btd,de->bte", x_btd, use(head.dense, x_btd)) + use(head.bias, x_btd)
         x_btd = head.norm(activated(config.activation, x_btd, None))
-    logits_btv = product("btd,vd->btv", x_btd, w_vd, spec(("batch", "seq", "vocab")), jnp.float32)
+    used, out = spec(("vocab", "d_model"), gathered=True), spec(("batch", "seq", "vocab"))
+    logits_btv = product("btd,vd->btv", x_btd, w_vd, used, out, jnp.float32)
     if head is not None:
         logits_btv = logits_btv + use(head.output_bias, logits_btv)
     cap = config.final_soft_cap
@@ -329,18 +330,15 @@ def _embed(
     types_bt: jax.Array | None,
     key: jax.Array | None,
 ) -> jax.Array:
-    like = jnp.zeros((), compute_dtype(config))
-    out = spec(("batch", "seq", None))
-    # The table is gathered whole: a lookup in a vocab-sharded table has no cheap rule.
-    table_vd = jax.reshard(use(model.embedding, like), P(None, None))
-    x_btd = table_vd.at[tokens_bt].get(out_sharding=out)
+    dtype, out = compute_dtype(config), spec(("batch", "seq", None))
+    x_btd = lookup(model.embedding, tokens_bt, out, dtype)
     if config.scale_embeddings:
         x_btd = x_btd * config.d_model**0.5
     if config.positions == "learned":
-        x_btd = x_btd + use(model.positions, like).at[positions_bt].get(out_sharding=out)
+        x_btd = x_btd + lookup(model.positions, positions_bt, out, dtype)
     if config.n_token_types:
         types_bt = jnp.zeros_like(tokens_bt) if types_bt is None else types_bt
-        x_btd = x_btd + use(model.token_types, like).at[types_bt].get(out_sharding=out)
+        x_btd = x_btd + lookup(model.token_types, types_bt, out, dtype)
     if config.embedding_norm:
         x_btd = model.embedding_norm(x_btd)
     return dropout(x_btd, config.dropout, key, 0)
