@@ -17,9 +17,10 @@ from jax import P
 from jaxlm import api, chips, main, mesh, xla
 from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxlm.experiment import load
+from jaxlm.model import kernels
 from jaxlm.model.presets import preset
 from jaxlm.model.scale import size
-from jaxlm.planning import analysis, hlo, roofline, search, steps, target, wall
+from jaxlm.planning import analysis, aot, hlo, roofline, search, steps, target, wall
 from jaxlm.planning.hlo import Collective
 from jaxlm.scaling import lint
 from jaxlm.schema import UserError
@@ -300,6 +301,30 @@ def test_the_presets_of_chips_are_options_of_their_compiler():
         with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
             lowered.compile(compiler_options={"xla_tpu_no_such_option": "true"})
     assert xla.options("chip", "cpu") == xla.options("none", "TPU v4") == {}
+
+
+def test_tiles_of_attention_divide_what_they_tile():
+    for chip in chips.CHIPS.values():
+        for t in range(kernels.BLOCK, 8193, kernels.BLOCK):
+            tile = kernels.tile(t, chip.kind)
+            assert t % tile == 0 and tile % kernels.BLOCK == 0 and tile <= 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", xla.PRESETS)
+def test_a_step_compiles_with_its_chips_options_and_tiles(name, stage):
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'jaxlm[tpu]'")
+    shape = {2: "2x2", 3: "2x2x1"}[chips.CHIPS[name].axes]
+    config = replace(
+        TINY,
+        model=replace(TINY.model, seq_len=2048),  # two tiles of v6e, four of v5e
+        train=replace(TINY.train, xla_preset="chip"),
+        mesh=MeshConfig(-1, 2, 1, stage=stage),
+    )
+    on = target.target(config, chips.topology(f"{name}:{shape}"))
+    made = aot.compiled(config, on.mesh)
+    assert made.fits and "tpu_custom_call" in made.run.as_text()  # splash
 
 
 PEAK = """
