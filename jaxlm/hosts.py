@@ -62,16 +62,18 @@ def joined(found_by_themselves: bool = False) -> Iterator[None]:
 
 
 def _part(error: BaseException | None) -> None:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # nobody may be reading
+        sys.stdout.flush()
     try:
         _client().wait_at_barrier("jaxlm/part", PART_S * 1000)
     except Exception:
-        if isinstance(error, JaxlmError) or error is None:
-            line = error or "the other processes did not come to their end"
-            print(f"jaxlm: {line}", file=sys.stderr)
-        else:
-            traceback.print_exception(error)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            if isinstance(error, JaxlmError) or error is None:
+                line = error or "the other processes did not come to their end"
+                print(f"jaxlm: {line}", file=sys.stderr)
+            else:
+                traceback.print_exception(error)
+            sys.stderr.flush()
         os._exit(getattr(error, "exit_code", 1))
     jax.distributed.shutdown()
 
