@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import turns
+from turns import CORES, Child
 
 LAYERS, D_MODEL, HEADS, SEQ, BATCH = 6, 384, 6, 256, 8
 LEARNING_RATE, BETAS, EPS, DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 GEMMS = ((1024, 1024, 1024), (2048, 384, 1536), (2048, 1536, 384), (2048, 2048, 2048))
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 Step = Callable[[np.ndarray], float]  # token ids [b, t + 1] -> loss before the update
 Product = Callable[[np.ndarray, np.ndarray], Any]  # a finished matrix product
@@ -149,26 +148,28 @@ def _as_gpt2(ours: Any) -> dict[str, Any]:
 
 def contender(name: str, vocab: int, weights: Path) -> None:
     """Child process: compiles, then answers each line on stdin ('step' or 'gemm') with JSON."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints stays out of the protocol
-    began = time.perf_counter()
     rng = np.random.default_rng(0)
-    if name.startswith("jaxlm"):
-        step, product, flops = jaxlm_step(vocab, weights)
-    else:
-        step, product, flops = torch_step(vocab, weights, compiled="compile" in name)
 
-    def take_step() -> dict[str, float]:
-        tokens = rng.integers(0, vocab, (BATCH, SEQ + 1))
+    def start() -> tuple[dict[str, Any], Callable[[str], dict[str, Any]]]:
         began = time.perf_counter()
-        loss = step(tokens)
-        return {"step_s": time.perf_counter() - began, "loss": loss}
+        if name.startswith("jaxlm"):
+            step, product, flops = jaxlm_step(vocab, weights)
+        else:
+            step, product, flops = torch_step(vocab, weights, compiled="compile" in name)
 
-    ready = {"first": take_step()["loss"], "flops_per_token": flops}
-    print(json.dumps({**ready, "compile_s": time.perf_counter() - began}), file=out, flush=True)
-    for line in sys.stdin:
-        answer = take_step() if line.strip() == "step" else {"gflops": best_product(product)}
-        print(json.dumps(answer), file=out, flush=True)
+        def take_step() -> dict[str, float]:
+            tokens = rng.integers(0, vocab, (BATCH, SEQ + 1))
+            began = time.perf_counter()
+            loss = step(tokens)
+            return {"step_s": time.perf_counter() - began, "loss": loss}
+
+        ready = {"first": take_step()["loss"], "flops_per_token": flops}
+        return {
+            **ready,
+            "compile_s": time.perf_counter() - began,
+        }, lambda line: take_step() if line == "step" else {"gflops": best_product(product)}
+
+    turns.serve(start)
 
 
 def best_product(product: Product) -> float:
@@ -184,35 +185,6 @@ def best_product(product: Product) -> float:
 
 
 # ---------------------------------------------------------------------------------------- parent
-
-
-class Child:
-    """A contender in its own process, spoken to in lines."""
-
-    def __init__(self, name: str, vocab: int, weights: Path, env: dict[str, str]) -> None:
-        command = [sys.executable, __file__, "--contender", name, str(vocab), str(weights)]
-        self.name = name
-        self.process = subprocess.Popen(
-            command, env={**os.environ, **env}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self.ready = self._answer()
-        self.rows: list[dict[str, float]] = []
-
-    def ask(self, what: str) -> dict[str, float]:
-        assert self.process.stdin is not None
-        print(what, file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.name} ended before its answer: see its output above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.communicate()
 
 
 def environments() -> dict[str, dict[str, str]]:
@@ -233,7 +205,7 @@ def measure(vocab: int, rounds: int, folder: Path) -> dict[str, Any]:
     weights = folder / f"weights-{vocab}.npz"
     weights.unlink(missing_ok=True)
     for name, env in environments().items():
-        children.append(Child(name, vocab, weights, env))
+        children.append(Child(__file__, name, [str(vocab), weights], env))
         print(f"vocabulary {vocab}: {name} ready", file=sys.stderr, flush=True)
     for i in range(rounds + 1):  # the first round warms up
         for child in children:
@@ -263,20 +235,13 @@ def summary(child: Child, flops: float, peak: float) -> dict[str, Any]:
     }
 
 
-def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float, float]:
-    """Ratio of medians, and the quartiles of the ratios round by round."""
-    each = [a / b for a, b in zip(ours["each"], theirs["each"], strict=True)]
-    low, _, high = statistics.quantiles(each, n=4)
-    return ours["tokens_per_s"] / theirs["tokens_per_s"], low, high
-
-
 def show(result: dict[str, Any]) -> None:
     rows = result["contenders"]
     best = max((n for n in rows if "torch" in n), key=lambda n: rows[n]["tokens_per_s"])
     print(f"\nvocabulary {result['vocab_size']:,}; GEMM peak {result['gemm_gflops']:.0f} GFLOP/s")
     print(f"{'':<18}{'tokens/s':>9}{'of peak':>9}{'compile':>9}   × {best} (quartiles)")
     for name, row in rows.items():
-        middle, low, high = ratio(row, rows[best])
+        middle, low, high = turns.ratio(row["each"], rows[best]["each"])
         print(
             f"{name:<18}{row['tokens_per_s']:>9.0f}{row['share_of_gemm']:>9.0%}"
             f"{row['compile_s']:>8.1f}s   {middle:.2f} ({low:.2f}–{high:.2f})"

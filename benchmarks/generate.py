@@ -1,0 +1,326 @@
+"""Greedy generation by jaxlm, transformers and llama.cpp: tokens per second and their ratios.
+
+    pip install -e '.[bench]' gguf llama-cpp-python    # the last one is built from source; optional
+    python benchmarks/generate.py [--models=gpt2,smollm2] [--smollm2=SmolLM2.gguf] [--rounds=6]
+
+GPT-2 small (random weights) and SmolLM2-135M (those of a GGUF file where one is given, else random)
+are written as one Hugging Face folder each, in float32, which all read. Each contender lives in its
+own process with every core of the machine, compiles first, and then they take turns: 32 tokens of
+prompt, 64 new ones, alone and 16 at once; and 128 tokens of prompt to the first new one. Their
+tokens must be the same. What share of the memory's bandwidth the weights' bytes take is told with
+the fastest read of a gigabyte that any of the libraries did in the same run. Prints tables; writes
+generate.json. Run on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import turns
+from turns import CORES, Child
+
+PROMPT, NEW, LONG_PROMPT, BATCH = 32, 64, 128, 16
+WAYS = {"alone": (1, PROMPT, NEW), "batch": (BATCH, PROMPT, NEW), "first": (1, LONG_PROMPT, 1)}
+
+Generate = Callable[[np.ndarray, int], Any]  # token ids [b, t], how many more -> [b, new]
+Sum = Callable[[np.ndarray], Callable[[], Any]]  # of a large array: what adds it up
+
+# ------------------------------------------------------------------------------------- contenders
+
+
+def of_jaxlm(folder: Path) -> tuple[Generate, Sum]:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm import mesh
+    from jaxlm.config import Config
+    from jaxlm.generate import decode
+    from jaxlm.generate.sampling import Sampling
+    from jaxlm.model.hf import load
+
+    checkpoint = load.open_folder(folder)
+    config = checkpoint.config
+    jax.set_mesh(mesh.make(Config(model=config), jax.devices()[:1]))
+    params = load.load(checkpoint)
+
+    def generate(prompts: np.ndarray, new: int) -> Any:
+        return decode.generate(config, params, list(prompts), new, None, Sampling(0.0))
+
+    def adder(array: np.ndarray) -> Callable[[], Any]:
+        there, run = jax.device_put(array), jax.jit(jnp.sum)
+        return lambda: run(there).block_until_ready()
+
+    return generate, adder
+
+
+def of_transformers(folder: Path) -> tuple[Generate, Sum]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(CORES)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # all go on to the last token
+
+    def generate(prompts: np.ndarray, new: int) -> Any:
+        ids = torch.from_numpy(prompts.astype(np.int64))
+        mask = torch.ones_like(ids)
+        whole = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+        return whole[:, ids.shape[1] :].numpy()
+
+    return generate, lambda array: torch.from_numpy(array).sum
+
+
+def of_llama_cpp(folder: Path) -> tuple[Generate, Sum]:
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(folder / "model.gguf"), n_ctx=256, n_threads=CORES, n_threads_batch=CORES,
+        verbose=False,
+    )  # fmt: skip
+
+    def generate(prompts: np.ndarray, new: int) -> Any:
+        model.reset()
+        tokens = model.generate(prompts[0].tolist(), top_k=1, temp=0.0, repeat_penalty=1.0)
+        return [[next(tokens) for _ in range(new)]]
+
+    return generate, lambda array: array.sum
+
+
+CONTENDERS = {
+    "jaxlm": (of_jaxlm, "jaxlm"),
+    "transformers": (of_transformers, "transformers"),
+    "llama.cpp": (of_llama_cpp, "llama_cpp"),
+}
+
+
+def contender(name: str, folder: Path) -> None:
+    """Child process: compiles all of `WAYS`, then answers their names and 'read' with JSON."""
+
+    def start() -> tuple[dict[str, Any], Callable[[str], dict[str, Any]]]:
+        generate, adder = CONTENDERS[name][0](folder)
+        vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+
+        def take_turn(way: str) -> dict[str, Any]:
+            rows, t, new = WAYS[way]
+            prompts = np.random.default_rng(0).integers(3, vocab, (rows, t)).astype(np.int32)
+            began = time.perf_counter()
+            found = generate(prompts, new)
+            took = time.perf_counter() - began
+            return {"s": took, "tokens": np.asarray(found).tolist()}
+
+        def read(_: str) -> dict[str, Any]:
+            array = np.ones(1 << 28, np.float32)
+            run, best = adder(array), 0.0
+            for _ in range(5):
+                began = time.perf_counter()
+                run()
+                best = max(best, array.nbytes / (time.perf_counter() - began) / 1e9)
+            return {"gb_per_s": best}
+
+        for way in ways(name):
+            take_turn(way)
+        return {}, lambda line: (read if line == "read" else take_turn)(line)
+
+    turns.serve(start)
+
+
+def ways(name: str) -> list[str]:
+    """llama-cpp-python's `generate` continues one prompt at a time."""
+    return [way for way in WAYS if way != "batch" or name != "llama.cpp"]
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def write_model(name: str, folder: Path, smollm2: str | None) -> None:
+    """A folder with the model's float32 weights, and the same as model.gguf for llama.cpp."""
+    import torch
+    import transformers as hf
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        model = hf.GPT2LMHeadModel(hf.GPT2Config())
+        with torch.no_grad():  # from the first of ever new tokens: larger than a fresh one's
+            for parameter in model.transformer.h.parameters():
+                parameter.mul_(3.0) if parameter.ndim == 2 else None
+    elif smollm2 is not None:
+        where = Path(smollm2)
+        model = hf.AutoModelForCausalLM.from_pretrained(
+            where.parent, gguf_file=where.name, dtype=torch.float32
+        )
+    else:
+        model = hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+                tie_word_embeddings=True, rope_parameters={"rope_type": "default",
+                "rope_theta": 100000.0},
+            )
+        )  # fmt: skip
+    model.save_pretrained(folder)
+    if importlib.util.find_spec("llama_cpp"):
+        write_gguf(model, folder / "model.gguf")
+
+
+def write_gguf(model: Any, path: Path) -> None:
+    """Float32, without a tokenizer."""
+    import gguf
+
+    c = model.config
+    llama = c.model_type == "llama"
+    n, d, heads = c.num_hidden_layers, c.hidden_size, c.num_attention_heads
+    arch = gguf.MODEL_ARCH.LLAMA if llama else gguf.MODEL_ARCH.GPT2
+    out = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    out.add_block_count(n)
+    out.add_context_length(c.max_position_embeddings)
+    out.add_embedding_length(d)
+    out.add_head_count(heads)
+    out.add_file_type(gguf.LlamaFileType.ALL_F32)
+    out.add_vocab_size(c.vocab_size)
+    out.add_tokenizer_model("none")
+    if llama:
+        out.add_feed_forward_length(c.intermediate_size)
+        out.add_head_count_kv(c.num_key_value_heads)
+        out.add_layer_norm_rms_eps(c.rms_norm_eps)
+        out.add_rope_freq_base(c.rope_parameters["rope_theta"])
+        out.add_rope_dimension_count(d // heads)
+    else:
+        out.add_feed_forward_length(4 * d)
+        out.add_layer_norm_eps(c.layer_norm_epsilon)
+    names = gguf.get_tensor_name_map(arch, n)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue  # tied
+        x = tensor.float().numpy()
+        if not llama and x.ndim == 2 and ".h." in name:
+            x = x.T  # its Conv1D holds [in, out]
+        if llama and (rotated := next((k for k in ("q_proj", "k_proj") if k in name), None)):
+            own = heads if rotated == "q_proj" else c.num_key_value_heads
+            x = x.reshape(own, 2, -1, d).swapaxes(1, 2).reshape(x.shape)  # pairs side by side
+        out.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(x))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of what one new token is multiplied by: all but what is only looked up, one row of it."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "np") as file:
+        names = [name for name in file.keys() if "wpe" not in name]  # noqa: SIM118
+        return sum(4 * int(np.prod(file.get_slice(name).get_shape())) for name in names)
+
+
+# ------------------------------------------------------------------------------------------ parent
+
+
+def measure(model: str, folder: Path, rounds: int) -> dict[str, Any]:
+    children = []
+    for name, (_, module) in CONTENDERS.items():
+        if importlib.util.find_spec(module) is None:
+            print(f"{name}: {module} is not installed; left out", file=sys.stderr)
+            continue
+        env = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(CORES)}
+        children.append(Child(__file__, name, [folder], env))
+        print(f"{model}: {name} ready", file=sys.stderr, flush=True)
+    for _ in range(rounds):
+        for way in WAYS:
+            for child in children:
+                if way in ways(child.name):
+                    child.rows.append({"way": way, **child.ask(way)})
+    reads = {child.name: child.ask("read")["gb_per_s"] for child in children}
+    for child in children:
+        child.close()
+    found = {child.name: summary(child) for child in children}
+    return {
+        "model": model,
+        "weight_bytes": weight_bytes(folder),
+        "read_gb_per_s": max(reads.values()),
+        "contenders": found,
+        "same_tokens": same(children),
+    }
+
+
+def summary(child: Child) -> dict[str, Any]:
+    """Tokens per second of each round; of "first", seconds."""
+    out = {}
+    for way in ways(child.name):
+        rows, _, new = WAYS[way]
+        seconds = [row["s"] for row in child.rows if row["way"] == way]
+        out[way] = seconds if way == "first" else [rows * new / s for s in seconds]
+    return out
+
+
+def same(children: list[Child]) -> dict[str, float]:
+    """Of each way: which share of the tokens are those of the first contender, at the least."""
+    out = {}
+    for way in WAYS:
+        said = [next(r["tokens"] for r in c.rows if r["way"] == way) for c in children
+                if way in ways(c.name)]  # fmt: skip
+        out[way] = min(float(np.mean(np.array(s) == np.array(said[0]))) for s in said)
+    return out
+
+
+def show(result: dict[str, Any]) -> None:
+    rows, read = result["contenders"], result["read_gb_per_s"]
+    gb = result["weight_bytes"] / 1e9
+    print(f"\n{result['model']}: {gb:.2f} GB of weights; {read:.1f} GB/s read, so"
+          f" {read / gb:.0f} tokens/s at most; same tokens {result['same_tokens']}")  # fmt: skip
+    print(f"{'':<14}{'alone':>8}{'of read':>9}{f'batch {BATCH}':>10}{'first token':>13}"
+          "   × transformers: alone, batch (quartiles)")  # fmt: skip
+    for name, row in rows.items():
+        alone = statistics.median(row["alone"])
+        batch = f"{statistics.median(row['batch']):.0f}" if "batch" in row else "–"
+        first = statistics.median(row["first"]) * 1e3
+        line = f"{name:<14}{alone:>8.1f}{alone * gb / read:>9.0%}{batch:>10}{first:>10.0f} ms"
+        for way in ("alone", "batch"):
+            if way in row and "transformers" in rows:
+                middle, low, high = turns.ratio(row[way], rows["transformers"][way])
+                line += f"   {middle:.2f} ({low:.2f}–{high:.2f})"
+        print(line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="gpt2,smollm2")
+    parser.add_argument("--smollm2", default=None, help="a GGUF file of it")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--out", default=None)
+    options = parser.parse_args()
+    missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
+    if missing:
+        sys.exit(f"{' and '.join(missing)} missing: pip install -e '.[bench]'")
+    out = Path(options.out or tempfile.mkdtemp())
+    results = []
+    for name in options.models.split(","):
+        folder = out / name
+        if not (folder / "model.safetensors").exists():
+            write_model(name, folder, options.smollm2)
+        results.append(measure(name, folder, options.rounds))
+        show(results[-1])
+    about = {"machine": platform.machine(), "cores": CORES, "python": platform.python_version()}
+    document = {"format": "jaxlm.benchmark_generate/1", **about, "results": results}
+    (out / "generate.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nwritten: {out / 'generate.json'}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contender"]:
+        contender(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()
