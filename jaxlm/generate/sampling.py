@@ -198,6 +198,22 @@ def log_probs(logits_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
     return jnp.take_along_axis(jax.nn.log_softmax(logits_bv), tokens_b[:, None], axis=1)[:, 0]
 
 
+def shares(method: Method, logits_v: jax.Array, knobs: Knobs) -> jax.Array:
+    """Float32 [v]: with what probability `choose` takes each token of one row, unaltered."""
+    if not method.draws:
+        return jax.nn.one_hot(jnp.argmax(logits_v), logits_v.size)
+    if not method.filters:
+        return jax.nn.softmax(logits_v / knobs.temperature)
+    order_v, kept_v = ranked(logits_v, *knobs[:4])
+    return jnp.zeros_like(logits_v).at[order_v].set(jax.nn.softmax(kept_v))
+
+
+def drawn(key: jax.Array, share_v: jax.Array) -> jax.Array:
+    """int32: a token, with these probabilities or what is proportional to them."""
+    noise_v = jax.random.gumbel(key, share_v.shape)
+    return jnp.argmax(jnp.log(share_v) + noise_v).astype(jnp.int32)
+
+
 def altered(logits_v: jax.Array, knobs: Knobs, said: Said) -> jax.Array:
     """Logits with bias and penalties of one row: what was seen in prompt or answer is divided by
     the repetition penalty if positive, else multiplied (Keskar et al. 2019, §4.1); what was
