@@ -18,8 +18,9 @@ from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate import likelihood
-from jaxlm.generate import decode, watch, written
+from jaxlm.generate import constrained, decode, layout, watch, written
 from jaxlm.generate.sampling import Sampling
+from jaxlm.generate.speculative import Draft
 from jaxlm.generate.written import Continuation
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
@@ -96,6 +97,9 @@ class LanguageModel:
         length_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
         return_full_text: bool = True,
+        draft: LanguageModel | None = None,
+        regex: str | None = None,
+        json_schema: Any = None,
         **sampling: Any,
     ) -> list[list[str]]:
         """`num_return_sequences` texts for each prompt, each beginning with the prompt unless
@@ -106,7 +110,10 @@ class LanguageModel:
         neither is given). `sampling` are fields of `Sampling`: temperature (0: the most likely
         token each time), top_k, top_p, min_p, the penalties, logit_bias, seed; the same seed gives
         the same texts, whatever else is in the batch. With `num_beams` the texts are the best that
-        beam search finds (`generate.beams`), and nothing is drawn.
+        beam search finds (`generate.beams`), and nothing is drawn. `draft` is a smaller model with
+        the same tokenizer, on the same device, whose proposals save passes of this one and change
+        nothing about what may be said (`generate.speculative`). With `regex` or `json_schema` (a
+        dict, or its text) answers match it, unless a limit comes first (`generate.constrained`).
 
         Raises UserError for both lengths at once, for a prompt that is `max_length` long already,
         for sampling with beams, and for an encoder.
@@ -114,7 +121,14 @@ class LanguageModel:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         full = return_full_text and self.config.architecture != "encoder_decoder"
         lengths = {"max_new_tokens": max_new_tokens, "max_length": max_length}
-        if num_beams == 1:
+        held = regex is not None or json_schema is not None
+        if (num_beams > 1) + (draft is not None) + held > 1:
+            raise UserError("num_beams, draft, regex or json_schema: expected one of them")
+        if draft is not None or held:
+            led = self._checked(draft) if draft else constrained.grammar(regex, json_schema)
+            how = from_dict(Sampling, sampling, "sampling")
+            texts = self._led(prompts, lengths, num_return_sequences, stop, how, led)
+        elif num_beams == 1:
             found = self.continuations(
                 prompts, **lengths, num_return_sequences=num_return_sequences, stop=stop, **sampling
             )
@@ -153,10 +167,42 @@ class LanguageModel:
         for limit, rows, ids in self._by_limit(prompts, max_new_tokens, max_length):
             given = [prompt for prompt in ids for _ in range(n)], limit, how, stop
             with jax.set_mesh(self.mesh):
-                found = written.continuations(self.config, self.params, self.tokenizer, *given)
+                params = self._alone if len(given[0]) == 1 else self.params
+                found = written.continuations(self.config, params, self.tokenizer, *given)
             for k, i in enumerate(rows):
                 out[i] = found[k * n : (k + 1) * n]
         return out
+
+    def _led(
+        self, prompts: Sequence[str], lengths: Any, n: int, stop: Any, how: Sampling, led: Any
+    ) -> list[list[str]]:
+        texts: list[list[str]] = [[] for _ in prompts]
+        for limit, rows, ids in self._by_limit(prompts, **lengths):
+            given = [prompt for prompt in ids for _ in range(n)], limit, how, led, stop
+            with jax.set_mesh(self.mesh):
+                found = written.led(self.config, self._alone, self.tokenizer, *given)
+            for k, i in enumerate(rows):
+                texts[i] = found[k * n : (k + 1) * n]
+        return texts
+
+    @functools.cached_property
+    def _alone(self) -> Params:
+        """`params` as steps of one row read them: made, and then kept beside them, when one prompt
+        is first continued alone."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(functools.partial(layout.laid_out, self.config))(self.params)
+
+    def in_8_bits(self) -> LanguageModel:
+        """With the matrices of its layers as whole numbers of 8 bits and a scale for each output;
+        embeddings, norms and experts stay as they are. To be used, not trained or exported."""
+        with jax.set_mesh(self.mesh):
+            run = jax.jit(functools.partial(layout.laid_out, self.config, bits=8))
+            return replace(self, params=run(self.params))
+
+    def _checked(self, draft: LanguageModel) -> Draft:
+        if draft.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise UserError("draft: expected a model with the same tokenizer")
+        return Draft(draft.config, draft._alone)
 
     def _by_limit(
         self, prompts: Sequence[str], max_new_tokens: int | None, max_length: int | None

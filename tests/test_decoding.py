@@ -1,6 +1,7 @@
 """Whole answers against those of transformers: tests/golden/generate.py wrote them down."""
 
 import functools
+import sys
 from pathlib import Path
 
 import jax
@@ -10,12 +11,13 @@ import small
 
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig
-from jaxlm.generate import beams, decode
+from jaxlm.generate import beams, decode, layout
 from jaxlm.generate.sampling import Sampling
 from jaxlm.model.hf import load
 from jaxlm.schema import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
 NAMES = ("gpt2", "llama3", "t5", pytest.param("mistral", marks=pytest.mark.slow))
 EOS, NEW = 2, 20
 SAMPLED = {
@@ -48,8 +50,8 @@ def model(name: str, shape=(1, 1, 1)):
         return checkpoint.config, load.load(checkpoint), on
 
 
-def rows(found: list[np.ndarray]) -> np.ndarray:
-    out = np.full((len(found), NEW), -1, np.int32)
+def rows(found: list[np.ndarray], new: int = NEW) -> np.ndarray:
+    out = np.full((len(found), new), -1, np.int32)
     for row, ids in zip(out, found, strict=True):
         row[: len(ids)] = ids
     return out
@@ -78,6 +80,44 @@ def test_beams_are_those_of_transformers(name: str) -> None:
             assert all(len(answers) == 3 for answers in found)
             assert all(len({a.tobytes() for a in answers}) == 3 for answers in found)
     assert (want["greedy"] != want["beams"]).any()
+
+
+LONG = {
+    "gpt2": {"n_positions": 128},
+    "smollm2": {"max_position_embeddings": 128, "tie_word_embeddings": True},
+    "t5": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_32_answers_of_64_tokens_are_those_of_transformers_live(name: str, tmp_path: Path) -> None:
+    """Greedy and by beams, in a batch and alone."""
+    pytest.importorskip("torch", reason="needs the extra parity: pip install -e '.[parity]'")
+    pytest.importorskip("transformers")
+    import generate
+    import make
+
+    *classes, values = make.MODELS["llama3" if name == "smollm2" else name]
+    values = {k: v for k, v in values.items() if name != "smollm2" or k != "rope_parameters"}
+    make.MODELS[name] = (*classes, {**values, **LONG[name]})
+    theirs = make.build(name, seed=3)
+    theirs.save_pretrained(tmp_path)
+    checkpoint = load.open_folder(tmp_path)
+    given = generate.prompts(32, 1, 40)
+    with jax.set_mesh(mesh.make(Config(model=checkpoint.config), jax.devices()[:1])):
+        config, params = checkpoint.config, load.load(checkpoint)
+        want = generate.answers(theirs, given, 64, {})
+        found = decode.generate(config, params, given, 64, EOS, Sampling(0.0))
+        np.testing.assert_array_equal(rows(found, 64), want)
+        laid = layout.laid_out(config, params)
+        for prompt, answer in zip(given[:8], found, strict=False):
+            [alone] = decode.generate(config, laid, [prompt], 64, EOS, Sampling(0.0))
+            np.testing.assert_array_equal(alone, answer)
+        want = generate.answers(theirs, given, 64, {"num_beams": 3})
+        best = [answers[0] for answers in beams.search(config, params, given, 64, EOS, 3)]
+        np.testing.assert_array_equal(rows(best, 64), want)
+    assert len(np.unique(want)) > 20
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_greedy_answers_are_the_models_own(config):
     draft = Draft(SMALL, params(SMALL, 1))
     found = speculative.generate(config, own, draft, PROMPTS, 12, None, Sampling(0.0))
     np.testing.assert_array_equal([f.ids for f in found], plain)
-    assert len(np.unique(plain)) > 3 and all(3 <= f.passes <= 12 for f in found)
+    assert len(np.unique(plain)) > 2 and all(3 <= f.passes <= 12 for f in found)
     eos = int(plain[1][5])
     short = speculative.generate(config, own, draft, PROMPTS, 12, eos, Sampling(0.0))
     for got, whole in zip(short, plain, strict=True):

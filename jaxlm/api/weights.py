@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.api.places import folder_of
 from jaxlm.config import MeshConfig
 from jaxlm.files import read_json
-from jaxlm.schema import JaxlmError
+from jaxlm.schema import JaxlmError, UserError
 
 if TYPE_CHECKING:
     from jaxlm.language_model import LanguageModel
@@ -21,25 +21,41 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float | None = None,
+    weights: str = "float32",
+    draft: str | Path | None = None,
     **how: Any,
 ) -> list[str]:
-    """Continuations of `prompts` by what `from_pretrained(workdir)` gives; `how` is what its
-    `generate` takes. `temperature` is 0.8 unless given, or `num_beams` are."""
+    """Continuations of `prompts` by what `from_pretrained(workdir, weights=weights)` gives; `how`
+    is what its `generate` takes, `draft` where that draft lies. `temperature` is 0.8 unless given,
+    or `num_beams` are."""
     how |= {"max_new_tokens": max_new_tokens, "return_full_text": False}
     if temperature is None and how.get("num_beams", 1) == 1:
         temperature = 0.8
     if temperature is not None:
         how["temperature"] = temperature
-    return [texts[0] for texts in from_pretrained(workdir).generate(prompts, **how)]
+    if draft is not None:
+        how["draft"] = from_pretrained(draft)
+    model = from_pretrained(workdir, weights=weights)
+    return [texts[0] for texts in model.generate(prompts, **how)]
 
 
-def from_pretrained(source: str | Path, *, devices: MeshConfig | None = None) -> LanguageModel:
+def from_pretrained(
+    source: str | Path, *, devices: MeshConfig | None = None, weights: str = "float32"
+) -> LanguageModel:
     """A model to use: a Hugging Face folder, a .gguf file, a run's or sweep's workdir (its best
     run), or else a name on the Hugging Face hub, which is fetched.
 
     It lies on one device (a run on its own mesh) unless `devices` names sizes of mesh axes, over
-    all of them. Raises UserError for what is not there, damaged, or not computed by these layers.
+    all of them. `weights`: "float32", or "int8" (`LanguageModel.in_8_bits`). Raises UserError for
+    what is not there, damaged, or not computed by these layers.
     """
+    if weights not in ("float32", "int8"):
+        raise UserError(f"weights: expected float32 or int8, got {weights!r}")
+    model = _read(source, devices)
+    return model.in_8_bits() if weights == "int8" else model
+
+
+def _read(source: str | Path, devices: MeshConfig | None) -> LanguageModel:
     from jaxlm import job, loading
     from jaxlm.scaling import sweep as stages
 

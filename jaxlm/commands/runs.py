@@ -54,6 +54,10 @@ def _flags_generate(values: flags.FlagValues) -> None:
     flags.DEFINE_float("length_penalty", None, "of beams; 1 unless given", flag_values=values)
     flags.DEFINE_multi_string("stop", [], "text to end before; repeatable", flag_values=values)
     flags.DEFINE_integer("seed", None, "of the sampling; 0 unless given", flag_values=values)
+    flags.DEFINE_string("draft", None, "a small model that proposes tokens", flag_values=values)
+    flags.DEFINE_string("regex", None, "what the answer must match", flag_values=values)
+    flags.DEFINE_string("json_schema", None, "JSON that it must fit", flag_values=values)
+    flags.DEFINE_string("weights", "float32", "or int8: in 8 bits", flag_values=values)
     flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
 
 
@@ -149,10 +153,11 @@ def _generate(values: Flags, overrides: list[tuple[str, str]]) -> int:
     prompts = values["prompt"]
     if not prompts:
         raise UserError("--prompt: expected a text to continue, as in --prompt='The '")
-    how: dict[str, Any] = {n: values[n] for n in ("max_new_tokens", "stop", "num_beams")}
+    how: dict[str, Any] = {n: values[n] for n in ("max_new_tokens", "stop", "num_beams", "weights")}
     given = (
         *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
         *("frequency_penalty", "presence_penalty", "length_penalty", "seed"),
+        *("draft", "regex", "json_schema"),
     )
     how |= {n: values[n] for n in given if values[n] is not None}
     if values["logit_bias"]:

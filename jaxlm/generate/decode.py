@@ -239,27 +239,26 @@ class Begun(NamedTuple):
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """What follows `last_b` in step i, float32 [b, v], and the cache with it."""
         ones_b1 = jnp.ones_like(last_b)[:, None]
-        weights = layout.restored(config, self.laid)
         at_b1 = (self.lengths_b - 1 + i)[:, None]
         x_btd, cache = transformer.hidden_cached(
-            config, weights, last_b[:, None], at_b1, ones_b1, self.segments_bs, self.first + i,
+            config, self.laid, last_b[:, None], at_b1, ones_b1, self.segments_bs, self.first + i,
             cache, self.memory,
         )  # fmt: skip
-        return last_logits(config, weights, x_btd), cache
+        return last_logits(config, self.laid, x_btd), cache
 
 
 def begin(config: ModelConfig, params: Params, prompts: Prompts, new: int) -> Begun:
     """Reads the prompts, and makes room for `new` tokens."""
     prompts, memory = _start(config, params, prompts)
     tokens_bt = prompts.tokens_bt
-    (keys, values), segments_bt = _prefill(config, params, prompts, memory, new)
+    cache, segments_bt = _prefill(config, params, prompts, memory, new)
     ones_bn = jnp.ones((tokens_bt.shape[0], new), jnp.int32, out_sharding=spec(("batch", None)))
     if memory is not None:
         memory = memory._replace(keys=tuple(memory.keys), values=tuple(memory.values))
     return Begun(
-        layout.laid_out(config, params),
+        layout.laid_out(config, params, rows=tokens_bt.shape[0]),
         memory,
-        tuple(zip(keys, values, strict=True)),
+        cache,
         jnp.concatenate([segments_bt, ones_bn], axis=1),
         prompts.lengths_b,
         tokens_bt[:, -1],
@@ -280,20 +279,23 @@ def _start(config: ModelConfig, params: Params, prompts: Prompts) -> tuple[Promp
 
 def _prefill(
     config: ModelConfig, params: Params, prompts: Prompts, memory: Memory | None, new: int
-) -> tuple[Cache, jax.Array]:
-    """Keys and values of the prompts, in [l, b, t + new, g, k], and their segments [b, t]."""
+) -> tuple[tuple[Cache, ...], jax.Array]:
+    """Each layer's keys and values of the prompts, [b, t + new, g, k]; their segments [b, t]."""
     tokens_bt = prompts.tokens_bt
     positions_bt, segments_bt = _left_padded(prompts)
     shape = (config.n_layers, *tokens_bt.shape, config.kv_heads, config.head_dim)
     sharding = spec(("layers", "batch", "seq", "kv_heads", "d_head"))
     empty = jnp.zeros(shape, transformer.compute_dtype(config), out_sharding=sharding)
+    apart = isinstance(params["layers"], tuple)
+    begin: Any = [(empty[i], empty[i]) for i in range(len(empty))] if apart else (empty, empty)
     # As many slots as queries: attention then skips the upper triangle. Room comes afterwards.
     _, cache = transformer.hidden_cached(
-        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, (empty, empty),
-        memory, _prefix(config, segments_bt),
+        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, begin, memory,
+        _prefix(config, segments_bt),
     )  # fmt: skip
-    room = [(0, new if axis == 2 else 0) for axis in range(5)]
-    return jax.tree.map(lambda a: jnp.pad(a, room), cache), segments_bt
+    each = cache if apart else tuple(zip(*cache, strict=True))
+    room = [(0, 0), (0, new), (0, 0), (0, 0)]
+    return jax.tree.map(lambda a: jnp.pad(a, room), each), segments_bt
 
 
 @functools.lru_cache(maxsize=64)

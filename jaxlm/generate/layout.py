@@ -1,45 +1,40 @@
-"""Weights as decoding wants them: each layer's apart, each matrix with its outputs first.
+"""Weights as decoding wants them: each layer's apart, and for one row each matrix `Turned`.
 
 One new token reads every weight once, so that memory is what a step waits for. Apart, because a
-slice of a stack is copied before it is multiplied; outputs first, because then a product with one
-vector reads its matrix from beginning to end.
+slice of a stack is copied before it is multiplied; outputs first, because a product with one vector
+then reads its matrix from beginning to end; of more rows than one it is faster as it was
+(docs/performance.md).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import transformer
+from jaxlm.model.parts import turned
 from jaxlm.model.transformer import Declared, Params
 
 
-def laid_out(config: ModelConfig, params: Params) -> Params:
-    """`params` with "layers" a tuple of trees, matrices turned. `restored` undoes the turning; what
-    the decoder of an encoder–decoder does not use (its encoder) stays as it is."""
-    rows = transformer.table(config)["layers"]
-    turned = jax.tree.map(lambda row, w: _turn(row, w, 1), rows, params["layers"])
-    layers = tuple(jax.tree.map(lambda w, i=i: w[i], turned) for i in range(config.n_layers))
-    return {**params, "layers": layers}
+def laid_out(config: ModelConfig, params: Params, rows: int = 1, bits: int = 32) -> Params:
+    """`params` with "layers" a tuple of trees, for batches of so many rows, in 32 bits or 8; as
+    they are where they have been laid out already. What the decoder of an encoder–decoder does not
+    use (its encoder) stays as it is."""
+    if isinstance(params["layers"], tuple):
+        return params
+    table = transformer.table(config)["layers"]
 
+    def one(row: Declared, w: jax.Array) -> Any:
+        axes = row.axes[1:]  # without "layers"
+        other = {"experts", "routes"} & set(axes)
+        if row.role != "hidden" or len(axes) < 2 or other or config.layer:
+            return w
+        return turned(w, axes, bits)
 
-def restored(config: ModelConfig, laid: Params) -> Params:
-    """Matrices turned back, for `transformer.hidden_cached`. Call it where the product is (in the
-    body of a loop): the compiler then makes the turning part of the product."""
-    rows = transformer.table(config)["layers"]
-    back = tuple(
-        jax.tree.map(lambda row, w: _turn(row, w, -1), rows, one) for one in laid["layers"]
-    )
-    return {**laid, "layers": back}
+    def layer(i: int) -> Params:
+        own = jax.tree.map(lambda w: w[i], params["layers"])
+        return jax.tree.map(one, table, own) if rows == 1 or bits < 32 else own
 
-
-def _turn(row: Declared, w: jax.Array, by: int) -> jax.Array:
-    """A matrix with its input axes last (`by` 1, in a stack) or back again (-1, one layer's)."""
-    axes = row.axes[1:]  # without "layers"
-    if row.role != "hidden" or "experts" in axes or len(axes) < 2:
-        return w
-    inputs = 1 if axes[0] == "d_model" else len(axes) - 1
-    if by < 0:
-        return jnp.moveaxis(w, range(len(axes) - inputs, len(axes)), range(inputs))
-    return jnp.moveaxis(w, range(1, 1 + inputs), range(1 + len(axes) - inputs, 1 + len(axes)))
+    return {**params, "layers": tuple(layer(i) for i in range(config.n_layers))}

@@ -95,7 +95,7 @@ class Slots:
         self.mesh = mesh.of_one_copy(jax.sharding.get_mesh())
         with jax.set_mesh(self.mesh):
             here = transformer.relaid(config, params)
-            self._laid = jax.jit(functools.partial(layout.laid_out, config))(here)
+            self._laid = jax.jit(functools.partial(layout.laid_out, config, rows=self.n))(here)
             self._cache = self._empty()
         self._rows = [_Row() for _ in range(n)]
         self._said = self._unsaid(0)  # until a request has penalties or a bias
@@ -312,12 +312,12 @@ def _forward(config: ModelConfig, visible: int, devices: Any) -> Any:
     def forward(
         laid: Params, cache: Any, rows_b: Any, last_b: Any, at_b: Any
     ) -> tuple[jax.Array, Any]:
-        weights, b = layout.restored(config, laid), last_b.shape[0]
+        b = last_b.shape[0]
         segments = jnp.ones((b, 1), jnp.int32), jnp.ones((b, visible), jnp.int32)
         x_btd, cache = transformer.hidden_cached(
-            config, weights, last_b[:, None], at_b[:, None], *segments, at_b, cache, rows_b=rows_b
+            config, laid, last_b[:, None], at_b[:, None], *segments, at_b, cache, rows_b=rows_b
         )
-        return decode.last_logits(config, weights, x_btd), cache
+        return decode.last_logits(config, laid, x_btd), cache
 
     return jax.jit(forward, donate_argnums=(1,))
 
@@ -332,8 +332,7 @@ def _reader(config: ModelConfig, visible: int, devices: Any) -> Any:
         t, context = tokens_t.shape[0], cache[0][0].shape[1] - CHUNKS[-1]
         at_bt = jnp.minimum(start + jnp.arange(t, dtype=jnp.int32), context - 1)[None]
         segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, visible), jnp.int32)
-        weights = layout.restored(config, laid)
-        given = weights, tokens_t[None], at_bt, *segments, start[None], cache
+        given = laid, tokens_t[None], at_bt, *segments, start[None], cache
         return transformer.hidden_cached(config, *given, rows_b=row[None])[1]
 
     return jax.jit(read, donate_argnums=(1,))

@@ -20,7 +20,7 @@ from jax import P
 
 from jaxlm import mesh
 from jaxlm.config import ModelConfig
-from jaxlm.generate import decode, layout
+from jaxlm.generate import decode
 from jaxlm.generate import sampling as draws
 from jaxlm.generate.decode import Begun, Prompts
 from jaxlm.generate.sampling import Knobs, Method, Sampling
@@ -57,8 +57,8 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     width: int = WIDTH,
 ) -> list[Drafted]:
-    """As `decode.generate`, prompt by prompt. The j-th copy of a prompt is continued in the same way
-    under the same seed, draft and `width`.
+    """As `decode.generate`, prompt by prompt. The j-th copy of a prompt is continued in the
+    same way under the same seed, draft and `width`.
 
     Raises UserError as that does, for a model that is no decoder, another vocabulary, penalties and
     bias, and a mesh that cuts batches up.
@@ -122,7 +122,7 @@ def _speculator(
         def step(carry: Any) -> Any:
             n, _, passes, last, ids_n, cache, draft_cache = carry
             keys = _keys(stream_2, _first(draft.lengths_b) + n, width + 1)
-            begin = n, last, draft_cache
+            begin: Any = n, last, draft_cache
             (*_, draft_cache), (x_t, q_tv) = jax.lax.scan(propose, begin, keys[:, 0])
             fed_t = jnp.concatenate([last[None], x_t[:width]])
             logits_tv, cache = _read(config, model, n, fed_t, cache)
@@ -173,12 +173,11 @@ def _read(
     at_bt = (begun.lengths_b - 1 + n)[:, None] + jnp.arange(len(tokens_t))
     if config.positions == "learned":  # behind the last one is nothing that is kept
         at_bt = jnp.minimum(at_bt, config.seq_len - 1)
-    weights = layout.restored(config, begun.laid)
     x_btd, cache = transformer.hidden_cached(
-        config, weights, tokens_t[None], at_bt, jnp.ones_like(at_bt), begun.segments_bs,
+        config, begun.laid, tokens_t[None], at_bt, jnp.ones_like(at_bt), begun.segments_bs,
         begun.first + n, cache,
     )  # fmt: skip
-    return jax.reshard(transformer.logits(config, weights, x_btd), P())[0], cache
+    return jax.reshard(transformer.logits(config, begun.laid, x_btd), P())[0], cache
 
 
 def _first(x_b: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.generate import beams, decode
+from jaxlm.generate import beams, constrained, decode, speculative
 from jaxlm.generate.sampling import Sampling
+from jaxlm.generate.speculative import Draft
 from jaxlm.model.transformer import Params
 from jaxlm.schema import UserError
 
@@ -77,6 +78,28 @@ def best(
         [until(follows(config, tokenizer, prompt, ids), stops) for ids in answers]
         for prompt, answers in zip(prompts, found, strict=True)
     ]
+
+
+def led(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    by: Draft | str,
+    stops: str | Sequence[str] = (),
+) -> list[str]:
+    """What follows each prompt, proposed by a draft or held to a grammar (`constrained.grammar`),
+    cut before the first of `stops`."""
+    if isinstance(by, Draft):
+        given = by, prompts, max_new_tokens, tokenizer.eos_id, sampling
+        found = [answer.ids for answer in speculative.generate(config, params, *given)]
+    else:
+        rules = tokenizer, prompts, max_new_tokens, by, sampling
+        found = constrained.generate(config, params, *rules)
+    pairs = zip(prompts, found, strict=True)
+    return [until(follows(config, tokenizer, prompt, ids), stops) for prompt, ids in pairs]
 
 
 def follows(config: ModelConfig, tokenizer: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:

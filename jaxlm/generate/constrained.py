@@ -1,0 +1,175 @@
+"""Answers that match a regular expression or a JSON schema.
+
+Between two steps llguidance (extra `constrain`) tells which tokens may come next, and the others'
+logits become -inf. What is left is chosen as always: among the allowed tokens the model's
+probabilities keep their proportions, which is not the model's distribution over all texts that
+match.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import P
+
+from jaxlm import mesh
+from jaxlm.config import ModelConfig
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.generate import decode
+from jaxlm.generate import sampling as draws
+from jaxlm.generate.decode import Begun, Prompts
+from jaxlm.generate.sampling import Knobs, Method, Said, Sampling
+from jaxlm.model.transformer import Params
+from jaxlm.schema import UserError
+
+
+def grammar(regex: str | None = None, json_schema: Any = None) -> str:
+    """What answers must match, in llguidance's own words. Raises UserError for what is neither, or
+    not understood, and without llguidance."""
+    llguidance = _library()
+    if (regex is None) == (json_schema is None):
+        raise UserError("constraint: expected a regular expression or a JSON schema")
+    name = "regex" if json_schema is None else "json_schema"
+    try:
+        if regex is not None:
+            made = llguidance.LLMatcher.grammar_from_regex(regex)
+        else:
+            schema = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+            # Without white space, of which a weak model might not find the end.
+            how = {"whitespace_flexible": False}
+            made = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=how)
+        wrong = llguidance.LLMatcher.validate_grammar(made)
+    except ValueError as error:
+        wrong = str(error)
+    if wrong and not wrong.startswith("WARNING"):
+        raise UserError(f"{name}: {' '.join(wrong.split())}")
+    return made
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    grammar: str,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+) -> list[np.ndarray]:
+    """As `decode.generate`, of answers that match `grammar`. They end where nothing more may come,
+    or where the end of text may and is chosen; one of `max_new_tokens` may be the beginning of what
+    matches."""
+    decode.check(config, prompts, max_new_tokens)
+    sampling = draws.validate(sampling, config.vocab_size)
+    if not prompts:
+        return []
+    method, devices = draws.method([sampling]), jax.sharding.get_mesh()
+    placed = decode.place(prompts)
+    rows = placed.tokens_bt.shape[0]
+    given = [*prompts, *[np.zeros(1, np.int32)] * (rows - len(prompts))]
+    alike = [sampling] * rows
+    said = draws.said(method, given, alike, config.vocab_size)
+    how = draws.streams(given, sampling.seed), draws.knobs(alike, config.vocab_size)
+    begun = _starter(config, decode.slots(max_new_tokens), devices)(params, placed)
+    matchers = _matchers(tokenizer, config.vocab_size, grammar, len(prompts))
+    out: list[list[int]] = [[] for _ in prompts]
+    cache, last_b, step = begun.cache, begun.last_b, _stepper(config, method, devices)
+    begun = begun._replace(cache=())
+    for i in range(max_new_tokens):
+        open_ = [j for j, matcher in enumerate(matchers) if not matcher.is_stopped()]
+        if not open_:
+            break
+        allowed_bv = _allowed(matchers, open_, rows, config.vocab_size)
+        last_b, cache, said = step(begun, cache, np.int32(i), last_b, allowed_bv, *how, said)
+        for j, token in zip(open_, np.asarray(last_b)[open_].tolist(), strict=True):
+            if not matchers[j].consume_token(token):
+                raise UserError(f"constraint: {matchers[j].get_error()}")
+            if token != tokenizer.eos_id:
+                out[j].append(token)
+    return [np.array(ids, np.int32) for ids in out]
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+        import llguidance.numpy
+    except ImportError:
+        raise UserError("constraint: needs llguidance: pip install 'jaxlm[constrain]'") from None
+    return llguidance
+
+
+def _matchers(tokenizer: Tokenizer, vocab_size: int, grammar: str, n: int) -> list[Any]:
+    words: Any = tokenizer  # hashed by identity
+    first = _library().LLMatcher(_known(words, vocab_size), grammar)
+    if first.is_error():
+        raise UserError(f"constraint: {first.get_error()}")
+    return [first.deep_copy() for _ in range(n)]
+
+
+@functools.lru_cache(maxsize=8)
+def _known(tokenizer: Any, vocab_size: int) -> Any:
+    """The tokenizer as llguidance knows it."""
+    if tokenizer.kind == "bytes":
+        return _library().LLTokenizer(_wrapped(vocab_size), n_vocab=vocab_size)
+    if tokenizer.kind != "subword":
+        raise UserError(f"constraint: expected bytes or subwords, got a {tokenizer.kind} tokenizer")
+    spelled = tokenizer.inner.to_str()
+    return _library().LLTokenizer(spelled, n_vocab=vocab_size, eos_token=tokenizer.eos_id)
+
+
+def _wrapped(vocab_size: int) -> Any:
+    """Bytes; ids above 255, which a model may have, are none."""
+    from llguidance import TokenizerWrapper
+
+    class Spelled:
+        eos_token_id, bos_token_id, special_token_ids = 0, None, (0,)
+        tokens = (b"<eos>", *(bytes([i]) for i in range(1, 256)), *[b""] * (vocab_size - 256))
+
+        def __call__(self, text: bytes) -> list[int]:
+            return list(text)
+
+    return TokenizerWrapper(Spelled())
+
+
+def _allowed(matchers: list[Any], rows: list[int], n: int, vocab_size: int) -> np.ndarray:
+    """Bool [n, v]; all of it in other rows than `rows`."""
+    library = _library()
+    bits = library.numpy.allocate_token_bitmask(n, vocab_size)
+    for j in rows:
+        library.numpy.fill_next_token_bitmask(matchers[j], bits, j)
+    each = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
+    return each[:, :vocab_size].astype(bool)
+
+
+@functools.lru_cache(maxsize=16)
+def _starter(config: ModelConfig, new: int, devices: Any) -> Any:
+    del devices  # part of the key: traced for the mesh that is set
+
+    def start(params: Params, prompts: Prompts) -> Begun:
+        return decode.begin(config, params, prompts, new)
+
+    return jax.jit(start)
+
+
+@functools.lru_cache(maxsize=16)
+def _stepper(config: ModelConfig, method: Method, devices: Any) -> Any:
+    """Jitted (begun, cache, i, last_b, allowed_bv, streams_b2, knobs, said) → the next tokens [b],
+    and cache and said with them."""
+    del devices
+
+    def step(
+        begun: Begun, cache: Any, i: Any, last_b: Any, allowed_bv: Any, streams_b2: Any,
+        knobs: Knobs, said: Said,
+    ) -> tuple[jax.Array, Any, Said]:  # fmt: skip
+        logits_bv, cache = begun.logits(config, i, last_b, cache)
+        logits_bv = jnp.where(allowed_bv, jax.reshard(logits_bv, P()), -jnp.inf)
+        at_b = jax.reshard(begun.lengths_b - 1 + i, P())
+        next_b = draws.choose(method, logits_bv, streams_b2, at_b, knobs, said)
+        return jax.reshard(next_b, mesh.spec(("batch",))), cache, draws.noted(said, next_b)
+
+    return jax.jit(step, donate_argnums=(1,))
