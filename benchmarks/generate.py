@@ -15,6 +15,7 @@ generate.json. Run on a quiet machine.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import platform
@@ -39,13 +40,13 @@ Sum = Callable[[np.ndarray], Callable[[], Any]]  # of a large array: what adds i
 # ------------------------------------------------------------------------------------- contenders
 
 
-def of_jaxlm(folder: Path) -> tuple[Generate, Sum]:
+def of_jaxlm(folder: Path, bits: int = 32) -> tuple[Generate, Sum]:
     import jax
     import jax.numpy as jnp
 
     from jaxlm import mesh
     from jaxlm.config import Config
-    from jaxlm.generate import decode
+    from jaxlm.generate import decode, layout
     from jaxlm.generate.sampling import Sampling
     from jaxlm.model.hf import load
 
@@ -53,9 +54,12 @@ def of_jaxlm(folder: Path) -> tuple[Generate, Sum]:
     config = checkpoint.config
     jax.set_mesh(mesh.make(Config(model=config), jax.devices()[:1]))
     params = load.load(checkpoint)
+    alone = jax.jit(functools.partial(layout.laid_out, config, bits=bits))(params)
+    params = params if bits == 32 else alone  # as LanguageModel does
 
     def generate(prompts: np.ndarray, new: int) -> Any:
-        return decode.generate(config, params, list(prompts), new, None, Sampling(0.0))
+        weights = alone if len(prompts) == 1 else params
+        return decode.generate(config, weights, list(prompts), new, None, Sampling(0.0))
 
     def adder(array: np.ndarray) -> Callable[[], Any]:
         there, run = jax.device_put(array), jax.jit(jnp.sum)
@@ -101,6 +105,7 @@ def of_llama_cpp(folder: Path) -> tuple[Generate, Sum]:
 
 CONTENDERS = {
     "jaxlm": (of_jaxlm, "jaxlm"),
+    "jaxlm, int8": (functools.partial(of_jaxlm, bits=8), "jaxlm"),
     "transformers": (of_transformers, "transformers"),
     "llama.cpp": (of_llama_cpp, "llama_cpp"),
 }
@@ -252,7 +257,7 @@ def measure(model: str, folder: Path, rounds: int) -> dict[str, Any]:
         "weight_bytes": weight_bytes(folder),
         "read_gb_per_s": max(reads.values()),
         "contenders": found,
-        "same_tokens": same(children),
+        "same_tokens": {child.name: same(children[0], child) for child in children},
     }
 
 
@@ -266,28 +271,33 @@ def summary(child: Child) -> dict[str, Any]:
     return out
 
 
-def same(children: list[Child]) -> dict[str, float]:
-    """Of each way: which share of the tokens are those of the first contender, at the least."""
+def same(ours: Child, theirs: Child) -> dict[str, float]:
+    """Of each way: which share of the tokens both say."""
     out = {}
-    for way in WAYS:
-        said = [next(r["tokens"] for r in c.rows if r["way"] == way) for c in children
-                if way in ways(c.name)]  # fmt: skip
-        out[way] = min(float(np.mean(np.array(s) == np.array(said[0]))) for s in said)
+    for way in ways(theirs.name):
+        a, b = (next(r["tokens"] for r in c.rows if r["way"] == way) for c in (ours, theirs))
+        out[way] = float(np.mean(np.array(a) == np.array(b)))
     return out
 
 
 def show(result: dict[str, Any]) -> None:
     rows, read = result["contenders"], result["read_gb_per_s"]
     gb = result["weight_bytes"] / 1e9
-    print(f"\n{result['model']}: {gb:.2f} GB of weights; {read:.1f} GB/s read, so"
-          f" {read / gb:.0f} tokens/s at most; same tokens {result['same_tokens']}")  # fmt: skip
-    print(f"{'':<14}{'alone':>8}{'of read':>9}{f'batch {BATCH}':>10}{'first token':>13}"
-          "   × transformers: alone, batch (quartiles)")  # fmt: skip
+    print(
+        f"\n{result['model']}: {gb:.2f} GB of float32 weights; {read:.1f} GB/s read, so"
+        f" {read / gb:.0f} tokens/s at most"
+    )
+    print(
+        f"{'':<14}{'alone':>8}{'of read':>9}{f'batch {BATCH}':>10}{'first token':>13}  same tokens"
+        "   × transformers: alone, batch (quartiles)"
+    )
     for name, row in rows.items():
         alone = statistics.median(row["alone"])
         batch = f"{statistics.median(row['batch']):.0f}" if "batch" in row else "–"
         first = statistics.median(row["first"]) * 1e3
-        line = f"{name:<14}{alone:>8.1f}{alone * gb / read:>9.0%}{batch:>10}{first:>10.0f} ms"
+        share = "–" if "int8" in name else f"{alone * gb / read:.0%}"
+        line = f"{name:<14}{alone:>8.1f}{share:>9}{batch:>10}{first:>10.0f} ms"
+        line += f"{min(result['same_tokens'][name].values()):>13.0%}"
         for way in ("alone", "batch"):
             if way in row and "transformers" in rows:
                 middle, low, high = turns.ratio(row[way], rows["transformers"][way])

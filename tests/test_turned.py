@@ -1,0 +1,74 @@
+"""Matrices as decoding reads them, in 32 and 8 bits, against numpy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from jax import P
+
+from jaxlm import mesh
+from jaxlm.config import Config, ModelConfig
+from jaxlm.data.tokenizer import Bytes
+from jaxlm.language_model import LanguageModel
+from jaxlm.model.parts import product, turned
+from jaxlm.schema import UserError
+
+MODEL = ModelConfig(d_model=16, n_layers=2, n_heads=4, vocab_size=256, seq_len=32)
+FORMULAS = {  # of the product: the matrix's shape and axes, how many of them are inputs
+    "btd,dhk->bthk": ((16, 4, 6), ("d_model", "heads", "d_head"), 1),
+    "bthk,hkd->btd": ((4, 6, 16), ("heads", "d_head", "d_model"), 2),
+    "btd,df->btf": ((16, 24), ("d_model", "d_ff"), 1),
+    "btf,fd->btd": ((24, 16), ("d_ff", "d_model"), 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    on = mesh.make(Config(model=MODEL), jax.devices()[:1])
+    with jax.set_mesh(on), small.compiled_quickly():
+        yield on
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("t", [1, 9])
+def test_a_product_is_numpys(formula: str, t: int) -> None:
+    shape, axes, n = FORMULAS[formula]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, t, *shape[:n])).astype(np.float32)
+    w = rng.normal(size=shape).astype(np.float32)
+    want = np.einsum(formula, x.astype(np.float64), w.astype(np.float64))
+    layout = P(*[None] * want.ndim)
+    np.testing.assert_allclose(
+        product(formula, jnp.array(x), turned(jnp.array(w), axes), layout), want, atol=1e-5
+    )
+    got = np.asarray(product(formula, jnp.array(x), turned(jnp.array(w), axes, 8), layout))
+    # Half a step of each weight and each activation, and of both.
+    flat_x = np.abs(x.reshape(2, t, -1))
+    flat_w = np.abs(w.reshape(flat_x.shape[-1], -1))
+    step_x, step_w = flat_x.max(-1, keepdims=True) / 127, flat_w.max(0) / 127
+    bound = flat_x.sum(-1, keepdims=True) * step_w / 2 + step_x * flat_w.sum(0) / 2
+    bound = (bound + len(flat_w) * step_x * step_w / 4).reshape(want.shape)
+    assert (np.abs(got - want) <= bound + 1e-5).all()
+    assert np.abs(got - want).max() > 1e-4  # it is in 8 bits
+
+
+def test_a_model_in_8_bits_says_nearly_the_same(one_device) -> None:
+    config = dataclasses.replace(MODEL, tie_embeddings=False)
+    params = small.sharded(Config(model=config), small.params(Config(model=config)))
+    model = LanguageModel(Bytes(), config, params, one_device)
+    light = model.in_8_bits()
+    ids = np.arange(65, 90, dtype=np.int32)[None]
+    a, b = np.asarray(model.logits(ids)), np.asarray(light.logits(ids))
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.99 and np.abs(a - b).max() > 1e-3
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(m.params["layers"])) for m in (model, light)]
+    assert sizes[1] < 0.35 * sizes[0]
+    [[alone]] = light.generate("A", max_new_tokens=8, temperature=0)
+    together = light.generate(["A", "BCD"], max_new_tokens=8, temperature=0)
+    assert together[0] == [alone]
+    [[drafted]] = light.generate("A", max_new_tokens=8, temperature=0, draft=light)
+    assert drafted == alone
+    with pytest.raises(UserError, match="num_beams, draft, regex or json_schema: expected one"):
+        light.generate("A", draft=light, num_beams=2)
