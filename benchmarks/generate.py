@@ -163,9 +163,13 @@ def write_model(name: str, folder: Path, smollm2: str | None) -> None:
                 parameter.mul_(3.0) if parameter.ndim == 2 else None
     elif smollm2 is not None:
         where = Path(smollm2)
-        model = hf.AutoModelForCausalLM.from_pretrained(
+        read = hf.AutoModelForCausalLM.from_pretrained(
             where.parent, gguf_file=where.name, dtype=torch.float32
         )
+        values = read.config.to_dict()
+        values.pop("quantization_config", None)  # with which it would not be written
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**values))
+        model.load_state_dict(read.state_dict())
     else:
         model = hf.LlamaForCausalLM(
             hf.LlamaConfig(

@@ -40,7 +40,11 @@ def params(config: ModelConfig, seed: int = 0):
     return small.sharded(Config(model=config), small.params(Config(model=config), seed))
 
 
-@pytest.mark.parametrize("config", [MODEL, LEARNED], ids=["rope", "learned"])
+@pytest.mark.parametrize(
+    "config",
+    [MODEL, pytest.param(LEARNED, marks=pytest.mark.slow)],
+    ids=["rope", "learned"],
+)
 def test_greedy_answers_are_the_models_own(config):
     """12 tokens after 5 are all that learned positions hold: proposals go beyond."""
     own = params(config)
@@ -56,6 +60,7 @@ def test_greedy_answers_are_the_models_own(config):
         assert got.ids.tolist() == (want[: want.index(eos)] if eos in want else want)
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_the_model_is_never_wrong():
     own = params(MODEL)
     draft = Draft(MODEL, own)
@@ -88,7 +93,7 @@ def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("n", "how"),
     [
-        (1 << 14, Sampling(temperature=0.8, top_p=0.9)),
+        pytest.param(1 << 17, Sampling(temperature=0.8, top_p=0.9), marks=pytest.mark.slow),
         pytest.param(1 << 17, Sampling(), marks=pytest.mark.slow),
         pytest.param(1 << 17, Sampling(temperature=1.4, top_k=5), marks=pytest.mark.slow),
     ],
@@ -133,7 +138,8 @@ def test_shares_are_what_is_chosen():
         counts = np.bincount(jax.jit(draws.choose, static_argnums=0)(method, *many), minlength=8)
         one = jax.tree.map(lambda a: a[0], knobs)
         share = np.asarray(draws.shares(method, logits, one), np.float64)
-        assert chi_square(counts, share / share.sum()) > 1e-3
+        likely = how.temperature == 0 or chi_square(counts, share / share.sum())
+        assert likely > 1e-3
         assert (counts[share == 0] == 0).all()
 
 

@@ -33,7 +33,7 @@ def one_device():
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("t", [1, 9])
+@pytest.mark.parametrize("t", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_product_is_numpys(formula: str, t: int) -> None:
     shape, axes, n = FORMULAS[formula]
     rng = np.random.default_rng(0)
@@ -55,6 +55,7 @@ def test_a_product_is_numpys(formula: str, t: int) -> None:
     assert np.abs(got - want).max() > 1e-4  # it is in 8 bits
 
 
+@pytest.mark.slow
 def test_a_model_in_8_bits_says_nearly_the_same(one_device) -> None:
     config = dataclasses.replace(MODEL, tie_embeddings=False)
     params = small.sharded(Config(model=config), small.params(Config(model=config)))

@@ -205,6 +205,7 @@ def shares(method: Method, logits_v: jax.Array, knobs: Knobs) -> jax.Array:
     if not method.filters:
         return jax.nn.softmax(logits_v / knobs.temperature)
     order_v, kept_v = ranked(logits_v, *knobs[:4])
+    kept_v = typical(kept_v, knobs.typical_p) if method.typical else kept_v
     return jnp.zeros_like(logits_v).at[order_v].set(jax.nn.softmax(kept_v))
 
 
