@@ -1,6 +1,7 @@
 """Matrices as decoding reads them, in 32 and 8 bits, against numpy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import small
 from jax import P
 
 from jaxlm import mesh
-from jaxlm.config import Config, ModelConfig
+from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.data.tokenizer import Bytes
+from jaxlm.generate import decode, layout
+from jaxlm.generate.sampling import Sampling
 from jaxlm.language_model import LanguageModel
 from jaxlm.model.parts import product, turned
 from jaxlm.schema import UserError
@@ -73,3 +76,17 @@ def test_a_model_in_8_bits_says_nearly_the_same(one_device) -> None:
     assert drafted == alone
     with pytest.raises(UserError, match="num_beams, draft, regex or json_schema: expected one"):
         light.generate("A", draft=light, num_beams=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 8])
+def test_eight_devices_say_what_one_says(bits: int) -> None:
+    config = Config(model=MODEL, mesh=MeshConfig(data=1, fsdp=2, tensor=4))
+    ids = np.arange(65, 90, dtype=np.int32)
+    found = []
+    for on in (mesh.make(Config(model=MODEL), jax.devices()[:1]), mesh.make(config)):
+        with jax.set_mesh(on):
+            params = small.sharded(config, small.params(config))
+            laid = jax.jit(functools.partial(layout.laid_out, MODEL, bits=bits))(params)
+            found.append(decode.generate(MODEL, laid, [ids], 8, None, Sampling(0.0))[0])
+    np.testing.assert_array_equal(found[0], found[1])
