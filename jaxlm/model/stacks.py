@@ -210,6 +210,9 @@ def remember(
     def of_all(layers: Params, x_bsd: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.lax.map(functools.partial(of, x_bsd), layers)
 
+    if isinstance(layers, tuple):  # each one's apart, and so what it looks at
+        own = [of(x_bsd, layer) for layer in layers]
+        return Memory(tuple(k for k, _ in own), tuple(v for _, v in own), segments_bs)
     each = pipeline.by_stage if mesh.size(mesh.STAGE) > 1 else lambda f, *args: f(*args)
     keys, values = each(of_all, layers, x_bsd)
     return Memory(keys, values, segments_bs)
