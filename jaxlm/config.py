@@ -149,6 +149,11 @@ class TrainConfig:
     steps: int = doc(1000, "optimizer steps")
     global_batch_size: int = doc(16, "sequences per step, over all devices")
     accumulation_steps: int = doc(1, "micro-batches per step, weighted by their tokens")
+    deterministic_reduce: int = doc(
+        0,
+        "virtual shards of a batch, added up in one order: the same bits on any number of devices"
+        " along mesh.data (docs/pods.md); 0: off",
+    )
     objective: str = doc(
         "next_token",
         "'next_token', 'prefix_lm', 'fill_in_the_middle'; encoder: 'masked_lm'; encoder_decoder:"
@@ -329,6 +334,7 @@ def validate(config: Config, where: str = "config") -> Config:
     need(0 <= share <= 1, "tune.teacher_share", share, "between 0 and 1")
     whole = t.global_batch_size
     _divides("train.accumulation_steps", t.accumulation_steps, "global_batch_size", whole, need)
+    _check_shards(t, need)
     k = t.steps_per_dispatch
     for name in ("eval_every", "checkpoint_every"):
         n = getattr(t, name)
@@ -394,6 +400,18 @@ def _check_objective(config: Config, need: Callable[..., None]) -> None:
     inside = c.top_id is None or ids - 1 <= c.top_id < m.vocab_size
     expected = f"from {max(ids - 1, 0)} to {m.vocab_size - 1}"
     need(inside, "train.corruption.top_id", c.top_id, expected)
+
+
+def _check_shards(t: TrainConfig, need: model_config.Need) -> None:
+    n, rows = t.deterministic_reduce, t.global_batch_size
+    near = max((k for k in (2**i for i in range(1, 17)) if rows % k == 0), default=0)
+    expected = f"0, or a power of two from 2 on that divides global_batch_size={rows}"
+    expected += f" (largest: {near})" if near else ""
+    ok = n == 0 or (n > 1 and n & (n - 1) == 0 and rows % n == 0)
+    need(ok, "train.deterministic_reduce", n, expected)
+    expected = "1 with deterministic_reduce, whose virtual shards are micro-batches"
+    k = t.accumulation_steps
+    need(n == 0 or k == 1, "train.accumulation_steps", k, expected)
 
 
 def _nearest_divisor(n: int, value: int) -> int:

@@ -231,8 +231,30 @@ def check_divides(config: Config, shape: dict[str, int]) -> None:
                 f"config.{name}: {value} does not divide by mesh {axis}={n};"
                 f" nearest: {' or '.join(map(str, near))}"
             )
+    _check_shards(t.deterministic_reduce, shape)
     if m.layer and shape["context"] > 1:
         raise UserError("config.mesh.context: expected 1 with an own layer (model.layer)")
+
+
+def _check_shards(shards: int, shape: dict[str, int]) -> None:
+    """`train.deterministic_reduce` is of data alone, and each device has two shards or more."""
+    if not shards:
+        return
+    n, near = shape[DATA], 1 << (shape[DATA].bit_length() - 1)
+    others = ", ".join(f"{axis}={k}" for axis, k in shape.items() if k > 1 and axis != DATA)
+    field = "config.train.deterministic_reduce: expected"
+    if others:
+        raise UserError(f"{field} a mesh of data alone, got {others}; 0 turns it off")
+    if near != n:
+        raise UserError(
+            f"config.mesh.data: expected a power of two for deterministic_reduce, got {n};"
+            f" nearest: {near}"
+        )
+    if shards < 2 * n:
+        raise UserError(
+            f"{field} at least two shards on each device of mesh data={n}, got {shards};"
+            f" nearest: {2 * n}"
+        )
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

@@ -41,3 +41,11 @@ def options(preset: str, device_kind: str) -> dict[str, str]:
     """Of 'chip' on a device of this kind; none for 'none', and where the chip has no preset."""
     chip = chip_of(device_kind)
     return PRESETS.get(chip.name, {}) if preset == "chip" and chip else {}
+
+
+def exact(shards: int, device_kind: str) -> dict[str, bool]:
+    """With `train.deterministic_reduce`: every rounding to bfloat16 that is written is made, also
+    where XLA could keep more; and on a CPU no product is summed in an order that depends on how
+    many threads there are."""
+    threads = {"xla_cpu_multi_thread_eigen": False} if device_kind.lower() == "cpu" else {}
+    return {"xla_allow_excess_precision": False} | threads if shards else {}

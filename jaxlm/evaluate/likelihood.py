@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import mesh
+from jaxlm import mesh, xla
 from jaxlm.config import OBJECTIVES, Config, ModelConfig, TrainConfig
 from jaxlm.data import loader
 from jaxlm.data.loader import Batch
 from jaxlm.model import transformer
 from jaxlm.pyfile import is_reference
+from jaxlm.train import ordered
 from jaxlm.train.loop import Observer
 from jaxlm.train.losses import hidden, token_losses
 from jaxlm.train.objectives import Example, corrupted
@@ -73,7 +74,11 @@ def total_nats(config: Config, params: Any, batch: Any) -> tuple[float, float]:
 
     The weights are those of the examples that the objective makes, with the same key each time.
     """
-    train = TrainConfig(objective=objective(config), corruption=config.train.corruption)
+    train = TrainConfig(
+        objective=objective(config),
+        corruption=config.train.corruption,
+        deterministic_reduce=config.train.deterministic_reduce,
+    )
     nll_nt, weights_nt = _evaluated(Config(model=config.model, train=train), params, batch)
     return float((nll_nt * weights_nt).sum()), float(weights_nt.sum())
 
@@ -95,7 +100,7 @@ def _evaluated(config: Config, params: Any, batch: Any) -> tuple[np.ndarray, np.
     n = batch.tokens.shape[0]
     devices = jax.sharding.get_mesh()
     rows = min(ROWS, n)
-    rows += -rows % mesh.parts("batch")
+    rows += -rows % (config.train.deterministic_reduce or mesh.parts("batch"))
     whole = -(-n // rows) * rows
     padded = jax.tree.map(lambda x: np.pad(x, ((0, whole - n), (0, 0))), batch)
     parts = jax.tree.map(lambda x: x.reshape(-1, rows, x.shape[-1]), padded)
@@ -108,17 +113,22 @@ def _evaluated(config: Config, params: Any, batch: Any) -> tuple[np.ndarray, np.
 def _losses(config: Config, devices: Any) -> Any:
     del devices  # part of the key: traced for the mesh that is set
 
+    def of_rows(params: Any, example: Example, number: jax.Array) -> jax.Array:
+        x_btd, _ = hidden(config.model, params, example)
+        nll_bt = token_losses(config.model, params, x_btd, example.targets)[0]
+        return nll_bt.astype(jnp.float32)
+
     def losses(params: Any, parts: Batch) -> Any:
         def some(numbered: tuple[Batch, jax.Array]) -> tuple[jax.Array, jax.Array]:
             part, number = numbered
             example = corrupted(config, part, jax.random.fold_in(jax.random.key(0), number))
-            x_btd, _ = hidden(config.model, params, example)
-            nll_bt = token_losses(config.model, params, x_btd, example.targets)[0]
-            return nll_bt.astype(jnp.float32), example.weights
+            shards = config.train.deterministic_reduce
+            return ordered.each(of_rows, shards, params, example), example.weights
 
         return mesh.whole(jax.lax.map(some, (parts, jnp.arange(len(parts.tokens)))))
 
-    return jax.jit(losses)
+    options = xla.exact(config.train.deterministic_reduce, mesh.device_kind())
+    return jax.jit(losses, compiler_options=options or None)
 
 
 @functools.lru_cache(maxsize=32)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import mesh
+from jaxlm import mesh, xla
 from jaxlm.config import Config
 from jaxlm.data.examples import Examples
 from jaxlm.data.loader import Batch
+from jaxlm.train import ordered
 from jaxlm.train import step as steps
 from jaxlm.train.loop import Observer
 from jaxlm.train.objectives import CORRUPTIONS, corrupted
@@ -39,7 +40,7 @@ def totals(config: Config, params: Any, batch: Any) -> dict[str, float]:
     """eval/loss and the objective's other sums, summed over the examples' weights, and "weight"."""
     devices, n = jax.sharding.get_mesh(), len(batch.tokens)
     rows = min(ROWS, n)
-    rows += -rows % mesh.parts("batch")
+    rows += -rows % (config.train.deterministic_reduce or mesh.parts("batch"))
     run = _totals(steps.static(config), devices)
     total: dict[str, float] = {}
     for i in range(0, n, rows):
@@ -56,11 +57,15 @@ def _totals(config: Config, devices: Any) -> Any:
     del devices  # part of the key: traced for the mesh that is set
     config = steps.without_dropout(config)
 
-    def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        key = jax.random.key(0)
-        named = config.train.objective in CORRUPTIONS
-        seen = corrupted(config, batch, key) if named else batch
+    def of_rows(params: Any, seen: Any, number: jax.Array) -> dict[str, jax.Array]:
+        key = jax.random.fold_in(jax.random.key(0), number)
         loss, sums = steps.objective(config)(config, params, seen, key)
         return {"eval/loss": loss, "weight": jnp.sum(seen.weights), **sums}
 
-    return jax.jit(run)
+    def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        named = config.train.objective in CORRUPTIONS
+        seen = corrupted(config, batch, jax.random.key(0)) if named else batch
+        return ordered.summed(of_rows, config.train.deterministic_reduce, params, seen)
+
+    options = xla.exact(config.train.deterministic_reduce, mesh.device_kind())
+    return jax.jit(run, compiler_options=options or None)

@@ -161,6 +161,8 @@ def _any_layout(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     as x·xᵀ in optax's Newton–Schulz, have no rule under Explicit axes (not even at 1×1×1)."""
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if jax.sharding.get_abstract_mesh().are_all_axes_manual:
+            return tx.update(grads, state, params)
         layouts = jax.tree.map(lambda x: jax.typeof(x).sharding, (grads, state))
         return jax.sharding.auto_axes(tx.update, out_sharding=layouts)(grads, state, params)
 

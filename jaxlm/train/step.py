@@ -23,7 +23,7 @@ from jaxlm.data.loader import Batch
 from jaxlm.mesh import device_kind, spec
 from jaxlm.model.transformer import Params
 from jaxlm.pyfile import is_reference, resolve
-from jaxlm.train import example_losses, losses, optimizer, parameters
+from jaxlm.train import example_losses, losses, optimizer, ordered, parameters
 from jaxlm.train.objectives import CORRUPTIONS, Example, corrupted
 from jaxlm.train.optimizer import Hyper
 
@@ -100,19 +100,34 @@ def train_step(config: Config, hyper: Hyper, state: State, batch: Batch) -> tupl
     if config.train.objective in CORRUPTIONS:
         corruption_key, key = jax.random.split(key)
         seen = corrupted(config, batch, corruption_key)
-    total = jnp.maximum(jnp.sum(seen.weights), 1.0)
+    total = jnp.maximum(_weight(config, seen), 1.0)
     loss, sums, grads = _gradients(config, state, seen, total, key)
     rate = optimizer.learning_rate(config.optimizer, hyper, state.step)
-    tx = optimizer.transform(config, hyper.weight_decay, rate)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    update: Callable[..., Any] = functools.partial(_update, config)
+    if config.train.deterministic_reduce:
+        update = ordered.alone(update, state.step >= 0)
+    params, opt_state, norm = update(grads, state.opt_state, state.params, hyper.weight_decay, rate)
     metrics = {
         "train/loss": loss,
-        "train/grad_norm": optax.global_norm(grads),
+        "train/grad_norm": norm,
         "learning_rate": rate,
         **{name: value / total for name, value in sums.items()},
     }
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+def _update(
+    config: Config, grads: Params, opt_state: Any, params: Params, decay: Any, rate: Any
+) -> tuple[Params, Any, jax.Array]:
+    """Parameters and optimizer state after the update, and the gradient's norm before clipping."""
+    tx = optimizer.transform(config, decay, rate)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+
+
+def _weight(config: Config, batch: Batch | Example) -> jax.Array:
+    shards = config.train.deterministic_reduce
+    return ordered.summed(lambda _, w_bt, number: jnp.sum(w_bt), shards, None, batch.weights)
 
 
 def _gradients(
@@ -120,15 +135,27 @@ def _gradients(
 ) -> tuple[jax.Array, losses.Sums, Params]:
     """Loss, extra sums and gradients, accumulated in float32 over micro-batches."""
 
-    def loss_fn(params: Params, part: Any, key: jax.Array) -> tuple[jax.Array, losses.Sums]:
-        whole = parameters.whole(config, params, state.frozen)
+    def loss_fn(
+        params: Params, frozen: Any, total: jax.Array, part: Any, key: jax.Array
+    ) -> tuple[jax.Array, losses.Sums]:
+        whole = parameters.whole(config, params, frozen)
         loss, sums = objective(config)(config, whole, part, key)
         return loss / total, sums
 
-    n = config.train.accumulation_steps
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if shards := config.train.deterministic_reduce:
+        same = (state.params, state.frozen, total, key)
+
+        def of_shard(same: Any, part: Any, number: jax.Array) -> Any:
+            *given, key = same
+            return gradient(*given, part, jax.random.fold_in(key, number))
+
+        (loss, sums), grads = ordered.summed(of_shard, shards, same, batch)
+        return loss, sums, grads
+    n = config.train.accumulation_steps
+    gradient = functools.partial(gradient, state.params, state.frozen, total)
     if n == 1:
-        (loss, sums), grads = gradient(state.params, batch, key)
+        (loss, sums), grads = gradient(batch, key)
         return loss, sums, grads
 
     def split(x: jax.Array) -> jax.Array:  # rows stay on their device: [b] → [b/n, n] → [n, b/n]
@@ -136,12 +163,12 @@ def _gradients(
         return x.reshape(x.shape[0] // n, n, *x.shape[1:], out_sharding=sharding).swapaxes(0, 1)
 
     def add(done: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        (loss, sums), grads = gradient(state.params, *part)
+        (loss, sums), grads = gradient(*part)
         return jax.tree.map(jnp.add, done, (loss, sums, grads)), None
 
     parts = (jax.tree.map(split, batch), jax.random.split(key, n))
     first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-    (loss, sums), grads = gradient(state.params, *first)
+    (loss, sums), grads = gradient(*first)
     return jax.lax.scan(add, (loss, sums, grads), rest)[0]
 
 
@@ -173,8 +200,12 @@ def _program(config: Config, population: int, mesh: Any) -> Program:
 
     if population:
         init, chunk = jax.vmap(init), jax.vmap(chunk)
-    options = xla.options(config.train.xla_preset, device_kind()) or None
-    return Program(jax.jit(init), jax.jit(chunk, donate_argnums=1, compiler_options=options))
+    options: dict[str, Any] = {
+        **xla.options(config.train.xla_preset, device_kind()),
+        **xla.exact(config.train.deterministic_reduce, device_kind()),
+    }
+    chunk = jax.jit(chunk, donate_argnums=1, compiler_options=options or None)
+    return Program(jax.jit(init), chunk)
 
 
 def abstract_state(config: Config, hyper: Hyper) -> State:
