@@ -1,6 +1,7 @@
 """The command line: `jaxlm VERB …`, the same as `python -m jaxlm VERB …`. No logic lives here.
 
-Exit codes: 0 done; 1 something failed; 2 a mistake in what was asked for; 128 + n after signal n.
+Exit codes: 0 done; 1 something failed; 2 a mistake in what was asked for; 75 a run that hung;
+128 + n after signal n.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from absl import flags
 from jaxlm.commands import data, evaluation, jobs, laws, machine, plans, runs, weights
 from jaxlm.config import Config, Sweep
 from jaxlm.schema import JaxlmError, UserError, describe, hint
+from jaxlm.train.pulse import start_heartbeat
 
 _GROUPS = (runs, plans, data, weights, evaluation, laws, jobs, machine)
 VERBS = {name: command for group in _GROUPS for name, command in group.VERBS.items()}
@@ -20,6 +22,7 @@ VERBS = {name: command for group in _GROUPS for name, command in group.VERBS.ite
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    start_heartbeat()
     try:
         code = run(arguments)
     except JaxlmError as e:
@@ -47,6 +50,9 @@ def run(arguments: list[str]) -> int:
     command = VERBS[name]
     values = flags.FlagValues()
     command.define(values)
+    if "command" in values and "--" in rest:
+        cut = rest.index("--")
+        rest, values["command"].value = rest[:cut], rest[cut + 1 :]
     if any(a in ("-h", "--help") for a in rest):
         print(_help(name, command.about, values))
         return 0
@@ -96,8 +102,10 @@ def _help(name: str, about: str, values: flags.FlagValues) -> str:
     lines = [f"jaxlm {name}: {about}", ""]
     if "source" in values:
         lines[0] = f"jaxlm {name} {'A B' if 'other' in values else 'SOURCE'}: {about}"
+    if "command" in values:
+        lines[0] = f"jaxlm {name} -- COMMAND: {about}"
     for flag in sorted(values):
-        if flag not in ("source", "other"):
+        if flag not in ("source", "other", "command"):
             lines.append(f"  --{flag}={values[flag].value!r}\n      {values[flag].help}")
     if "config" in values:
         kind = Sweep if name in ("sweep", "quickstart") else Config

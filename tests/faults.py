@@ -63,22 +63,48 @@ def command(*arguments: object, **kwargs) -> subprocess.Popen:
 _SERVER = """
     import json, os, sys
     import grain.python, orbax.checkpoint, jaxlm.api, jaxlm.job
+    from jaxlm.launch import supervisor
     from jaxlm.main import main
 
+    def run(arguments):
+        code = 99  # of a traceback
+        try:
+            main(arguments)
+        except SystemExit as e:
+            code = e.code
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    class Forked:
+        # What a supervisor starts here, as `subprocess.Popen` would.
+        def __init__(self, arguments, environment):
+            self.code, self.pid = None, os.fork()
+            if self.pid == 0:
+                os.setsid()
+                os.environ.update(environment)
+                run(arguments)
+
+        def poll(self, options=os.WNOHANG):
+            if self.code is None:
+                pid, status = os.waitpid(self.pid, options)
+                self.code = os.waitstatus_to_exitcode(status) if pid else None
+            return self.code
+
+        def wait(self):
+            return self.poll(0)
+
+        def send_signal(self, signum):
+            os.kill(self.pid, signum)
+
+    supervisor._start = Forked
     for line in sys.stdin:
         arguments, log = json.loads(line)
         child = os.fork()
         if child == 0:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1), os.dup2(out, 2)
-            code = 99  # of a traceback
-            try:
-                main(arguments)
-            except SystemExit as e:
-                code = e.code
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
+            run(arguments)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

@@ -1,8 +1,10 @@
-"""Jobs on other machines: `jaxlm launch start|logs|status|stop --config=job.py`."""
+"""Jobs, here and on other machines: `jaxlm launch start|logs|status|stop --config=job.py`,
+`jaxlm supervise -- train …`."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from absl import flags
 
@@ -38,6 +40,32 @@ def _launch(values: Flags, overrides: list[tuple[str, str]]) -> int:
     return 0
 
 
+def _flags_supervise(values: flags.FlagValues) -> None:
+    flags.DEFINE_list("command", [], "after --", flag_values=values)
+    flags.DEFINE_integer("processes", 1, "of the run, joined here", 1, flag_values=values)
+    flags.DEFINE_float(
+        "heartbeat", 10.0, "seconds without one that end a process", 2.0, flag_values=values
+    )
+    flags.DEFINE_string("log", "", "'': supervisor.jsonl in the workdir", flag_values=values)
+    flags.DEFINE_boolean("status", False, "tell how it went, run nothing", flag_values=values)
+
+
+def _supervise(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    from jaxlm import show
+    from jaxlm.launch import supervisor
+
+    command = values["command"]
+    log = Path(values["log"]) if values["log"] else supervisor.log_of(command)
+    if values["status"]:
+        print(supervisor.status(command, log))
+        return 0
+    say = show.Lines(to_stderr=True).say
+    return supervisor.supervise(command, log, values["processes"], values["heartbeat"], say)
+
+
 VERBS = {
     "launch": Command(_launch, _flags_launch, "a job on TPU VMs, GKE, Ray, Slurm or here"),
+    "supervise": Command(
+        _supervise, _flags_supervise, "a run that is started again until it is finished"
+    ),
 }

@@ -16,6 +16,12 @@ from jaxlm.schema import UserError, checked, doc, override
 class Local:
     """This machine."""
 
+    processes: int = doc(
+        0,
+        "joined into one run and started again when one crashes or hangs (`jaxlm supervise`);"
+        " 0: the command alone",
+    )
+
 
 @dataclass(frozen=True)
 class TpuVm:
@@ -114,6 +120,8 @@ def valid(job: Job) -> Job:
         if not asked.chip.is_tpu:
             raise UserError(f"config.where.topology: expected TPUs, got {job.where.topology!r}")
     _check_joined(job)
+    if isinstance(job.where, Local) and job.where.processes < 0:
+        raise UserError(f"config.where.processes: expected 0 or more, got {job.where.processes}")
     if isinstance(job.where, Slurm) and job.where.array and job.command[0] != "sweep":
         raise UserError(f"config.where.array: expected 0 with 'jaxlm {job.command[0]}'")
     return job

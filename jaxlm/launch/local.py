@@ -1,4 +1,4 @@
-"""This machine: the command in the foreground."""
+"""This machine: the command in the foreground, or processes that a supervisor looks after."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from jaxlm.schema import UserError
 
 
 def start(job: Job, at: Local) -> list[Do]:
-    command = " && ".join([*job.setup, "exec " + shlex.join(("jaxlm", *job.command))])
+    words = ("jaxlm", *job.command)
+    if at.processes:
+        words = ("jaxlm", "supervise", f"--processes={at.processes}", "--", *job.command)
+    command = " && ".join([*job.setup, "exec " + shlex.join(words)])
     return [Do(("bash", "-c", command))]
+
+
+def status(job: Job, at: Local) -> list[Do]:
+    if not at.processes:
+        return logs(job, at)
+    return [Do(("jaxlm", "supervise", "--status", "--", *job.command))]
 
 
 def logs(job: Job, at: Local) -> list[Do]:
     raise UserError("jaxlm launch: a local job runs in the foreground; 'start' is all there is")
 
 
-status = stop = logs
+stop = logs

@@ -8,6 +8,7 @@ evaluation or generation: `observers` bring their rows.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from jaxlm.schema import JaxlmError
 from jaxlm.train import parameters, record
 from jaxlm.train.checkpoint import NotFinite
 from jaxlm.train.optimizer import hyper
+from jaxlm.train.pulse import Pulse
 from jaxlm.train.run import Run
 from jaxlm.train.step import Program, State, abstract_state, program
 
@@ -96,9 +98,10 @@ def fit(
     Several runs must share shape, batch and steps (`step.static`): they are trained as one
     program. The current mesh must be set. Raises Stopped after a signal (all saved), Diverged for
     a lone run that became non-finite (a population's members only end early), JaxlmError on a full
-    disk.
+    disk. Where `stop` may end the process, a loop that hangs ends it (`Pulse`).
     """
-    return _Loop(runs, dataset, observers, stop, progress, mixture, given).run()
+    with Pulse(runs[0].folder, getattr(stop, "ends_process", False)) as pulse:
+        return _Loop(runs, dataset, observers, stop, progress, mixture, given, pulse).run()
 
 
 class _Loop:
@@ -113,12 +116,13 @@ class _Loop:
         progress: Progress,
         mixture: loader.Mixture | None,
         given: Given,
+        pulse: Pulse,
     ) -> None:
         self.members = [_Member(run) for run in runs]
         self.config = runs[0].config
         self.dataset, self.observers, self.stop, self.progress = dataset, observers, stop, progress
         self.stopping = hosts.Agreed(stop, jax.sharding.get_mesh())
-        self.mixture, self.given = mixture, given
+        self.mixture, self.given, self.pulse = mixture, given, pulse
         self.population = len(runs) if len(runs) > 1 else 0
         self.mesh = jax.sharding.get_mesh()
         self.program: Program = program(self.config, self.population)
@@ -128,6 +132,8 @@ class _Loop:
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.diverged: dict[int, int] = {}  # member → step
         self.tracing = False
+        self.compiled: set[int] = set()  # lengths of chunks
+        self.compiling = False  # since the last chunk's metrics were fetched
 
     # ------------------------------------------------------------------------------------ the run
 
@@ -141,7 +147,7 @@ class _Loop:
             self._profile(n)
             leading, rows = 2 if self.population else 1, self.config.train.global_batch_size
             on_mesh = mesh.put_batch(batches, self.mesh, leading, rows)
-            self.state, metrics = self.program.chunk(self.hyper, self.state, on_mesh)
+            metrics = self._dispatch(n, on_mesh)
             self._log_pending()
             self.step += n
             self.pending = (self.step, metrics)
@@ -150,6 +156,15 @@ class _Loop:
                 self._leave()
         self._stop_trace()
         return [self._finish(i) for i in range(len(self.members))]
+
+    def _dispatch(self, n: int, batches: Any) -> dict[str, jax.Array]:
+        """Hands the next chunk of `n` steps to the devices, and compiles it if it is the first."""
+        known = n in self.compiled
+        self.compiled.add(n)
+        self.compiling |= not known
+        with contextlib.nullcontext() if known else self.pulse.unwatched():
+            self.state, metrics = self.program.chunk(self.hyper, self.state, batches)
+        return metrics
 
     def _start(self) -> tuple[State, int]:
         """State and step to go on from: the newest good checkpoints, or fresh parameters."""
@@ -161,6 +176,7 @@ class _Loop:
         for member in self.members:
             member.run.rewind(step)
             member.run.event("resume" if step else "start", step=step)
+        self.pulse.begins(step)
         if step == 0:
             state = self.program.init(self.hyper)
             if self.given.params is not None:
@@ -217,7 +233,8 @@ class _Loop:
     def _stop_trace(self) -> None:
         if self.tracing:
             jax.block_until_ready(self.state.step)
-            jax.profiler.stop_trace()
+            with self.pulse.unwatched():
+                jax.profiler.stop_trace()
             self.tracing = False
 
     # ------------------------------------------------------------------------------------- events
@@ -233,12 +250,14 @@ class _Loop:
         every = self.config.train.eval_every
         if self.step == self.config.train.steps or (every and self.step % every == 0):
             self._log_pending()
-            self._observe()
+            with self.pulse.unwatched():
+                self._observe()
 
     def _leave(self) -> None:
         self._save()
         for i, member in enumerate(self.members):
-            member.run.checkpoints.commit(wait=True)
+            with self.pulse.saving():
+                member.run.checkpoints.commit(wait=True)
             if i not in self.diverged:
                 member.run.event("stop", step=self.step)
         error = Stopped(f"stopped at step {self.step}, saved; the same command goes on from there")
@@ -253,7 +272,10 @@ class _Loop:
             if i not in self.diverged:
                 state = self._of(i, self.state._replace(frozen=None))
                 try:
-                    member.run.checkpoints.save(self.step, state, member.meta(self.step, seconds))
+                    with self.pulse.saving():
+                        member.run.checkpoints.save(
+                            self.step, state, member.meta(self.step, seconds)
+                        )
                 except NotFinite:  # the last update broke the parameters, its loss was still finite
                     self._diverge(i, member, self.step)
         self.fetched = time.perf_counter()
@@ -285,8 +307,10 @@ class _Loop:
         values = jax.device_get(metrics)
         now, steps = time.perf_counter(), values["train/loss"].shape[-1]
         # Of this chunk, for one member; what evaluating and saving took is not training.
-        self.rate = steps * self.config.batch_tokens / max(now - self.fetched, 1e-9)
-        self.fetched = now
+        seconds = max(now - self.fetched, 1e-9)
+        self.rate = steps * self.config.batch_tokens / seconds
+        self.pulse.ended(end, steps, None if self.compiling else seconds)
+        self.fetched, self.compiling = now, False
         for i, member in enumerate(self.members):
             if i not in self.diverged:
                 self._log_chunk(i, member, end, {k: self._of(i, v) for k, v in values.items()})
@@ -321,7 +345,8 @@ class _Loop:
 
     def _write(self, member: _Member, row: dict[str, Any]) -> None:
         member.run.log(row)
-        self.progress(member.run, row)
+        with self.pulse.unwatched():  # it may send a checkpoint over a network
+            self.progress(member.run, row)
 
     # ---------------------------------------------------------------------------------------- end
 
@@ -337,7 +362,8 @@ class _Loop:
 
     def _finish(self, i: int) -> record.RunRecord:
         member = self.members[i]
-        member.run.checkpoints.commit(wait=True)
+        with self.pulse.saving():
+            member.run.checkpoints.commit(wait=True)
         row = record.make(
             member.run.config,
             member.run.fingerprint,

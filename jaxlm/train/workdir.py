@@ -112,6 +112,11 @@ class StopFlag:
         return self.signum != 0
 
     @property
+    def ends_process(self) -> bool:
+        """Whether the process is ours to end."""
+        return self.grace_s is not None
+
+    @property
     def exit_code(self) -> int:
         """128 + signal number, as shells report it; 0 without a signal."""
         return 128 + self.signum if self.signum else 0
