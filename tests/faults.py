@@ -52,11 +52,11 @@ def words(folder: Path, files: int = 60) -> Path:
 QUICK = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def command(*arguments: object, **kwargs) -> subprocess.Popen:
+def command(*arguments: object, environment=None, **kwargs) -> subprocess.Popen:
     """`jaxlm …` as a process of its own, on one CPU device."""
     whole = [sys.executable, "-m", "jaxlm", *map(str, arguments)]
     pipe = subprocess.PIPE
-    env = {**os.environ, **QUICK}
+    env = {**os.environ, **QUICK, **(environment or {})}
     return subprocess.Popen(whole, stdout=pipe, stderr=pipe, text=True, env=env, **kwargs)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import Sittings, start, words
+from faults import Sittings, command, start, words
 
 from jaxlm import launch
 from jaxlm.files import append_jsonl, read_jsonl
@@ -21,8 +22,8 @@ from jaxlm.schema import JaxlmError, UserError
 from jaxlm.train import pulse
 from jaxlm.train.checkpoint import read_manifest
 
-STEPS = 320
-PROCESSES = 1
+STEPS = 120
+PROCESSES = 2
 EXPERIMENT = """
 from jaxlm.config import *
 
@@ -31,7 +32,7 @@ def get_config():
         model=ModelConfig(d_model=16, n_layers=1, n_heads=2, seq_len=16),
         data=DataConfig(sources=({text!r},), eval_sequences=8, eval_fraction=0.2),
         train=TrainConfig(steps={steps}, global_batch_size=8, steps_per_dispatch=4, log_every=4,
-                          eval_every=160, checkpoint_every=40),
+                          checkpoint_every=12),
     )
 """
 
@@ -127,7 +128,7 @@ def disturb_often(place, sittings, whole, folder, seed, events, heartbeat_s):
 
 def test_three_faults_leave_the_undisturbed_run(place, sittings, whole, tmp_path):
     events = ["kill", "stop", "term"]
-    disturb_often(place, sittings, whole, tmp_path / "run", 0, events, 5.0)
+    disturb_often(place, sittings, whole, tmp_path / "run", 0, events, 4.0)
     found = supervisor.goodput(log(tmp_path / "run"))
     assert 0 < found.useful_s < found.wall_s and found.starts == 4
     assert sittings.run(*supervised(place, tmp_path / "run", "--status")) == 0
@@ -143,6 +144,27 @@ def test_twenty_random_faults_leave_the_undisturbed_run(place, sittings, whole, 
     took = disturb_often(place, sittings, whole, tmp_path / "run", part + 1, events, 10.0)
     print(f"part {part}: {events}, recovered after", *(f"{s:.1f}" for s in took))
     assert len(took) == len(events) and max(took) < 60
+
+
+@pytest.mark.slow
+def test_each_host_may_have_a_supervisor_of_its_own(place, whole, tmp_path):
+    run, train = tmp_path / "run", supervised(place, tmp_path / "run")[3:]
+    shutil.copytree(whole / "data", run / "data")
+    both, at = [], f"127.0.0.1:{supervisor._free_port()}"
+    for i in range(2):
+        env = {"JAXLM_COORDINATOR": at, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": str(i)}
+        logged = f"--log={tmp_path / str(i)}/supervisor.jsonl"
+        both.append(command("supervise", logged, "--", *train, "--distributed", environment=env))
+    victim = random.Random(0).randrange(2)
+    wait_for(lambda: (rows(run) or [{"step": 0}])[-1]["step"] >= 40)
+    os.kill(log(tmp_path / str(victim), "start")[-1]["pids"][0], signal.SIGKILL)
+    said = [parent.communicate(timeout=400) for parent in both]
+    assert [parent.returncode for parent in both] == [0, 0], said
+    assert_same(run, whole)
+    for i in range(2):
+        print([row["why"] for row in log(tmp_path / str(i), "fault")])
+        assert log(tmp_path / str(i), "fault")  # the other one's process could not go on
+        assert all(row["after_s"] < 60 for row in log(tmp_path / str(i), "recovered"))
 
 
 HANGS = """

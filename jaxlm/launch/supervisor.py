@@ -29,6 +29,7 @@ from jaxlm.train import pulse
 from jaxlm.train.workdir import StopFlag
 
 FORMAT = "jaxlm.supervisor/1"
+SUPERVISED = ("train", "finetune")  # commands that go on from a checkpoint of one run
 TRIES = 5  # starts from one checkpoint before it gives up
 LONGEST_WAIT_S = 60.0
 _START_S = 60.0  # until the first heartbeat
@@ -54,7 +55,7 @@ def supervise(
     brought no newer checkpoint, or one that SIGTERM or SIGINT ended, which are passed on. Rows are
     appended to `log`. Raises UserError.
     """
-    if not command or command[0] not in ("train", "finetune"):
+    if not command or command[0] not in SUPERVISED:
         got = f"got {command[0]!r}" if command else "got nothing"
         raise UserError(f"jaxlm supervise: expected -- train … or -- finetune …, {got}")
     with tempfile.TemporaryDirectory(prefix="jaxlm-") as folder, StopFlag(grace_s=None) as stop:

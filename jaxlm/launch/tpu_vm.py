@@ -6,6 +6,7 @@ import shlex
 
 from jaxlm.launch.job import Job, TpuVm, asked, words
 from jaxlm.launch.steps import Do
+from jaxlm.launch.supervisor import SUPERVISED
 
 # cloud.google.com/tpu/docs/runtimes
 _RUNTIME = {
@@ -43,7 +44,10 @@ def start(job: Job, at: TpuVm) -> list[Do]:
             )))  # fmt: skip
         if job.setup:
             steps.append(_ssh(node, at, "all", " && ".join(job.setup)))
-    command = shlex.join(words(job))
+    argv = words(job)
+    if job.command[0] in SUPERVISED:  # no one else starts a process of a TPU VM again
+        argv = (argv[0], "supervise", "--", *argv[1:])
+    command = shlex.join(argv)
     here = f"cd ~/{job.name} || exit; " if at.upload else ""
     log, pid = f"~/{job.name}.log", f"~/{job.name}.pid"
     background = f"{here}nohup {command} > {log} 2>&1 < /dev/null & echo $! > {pid}"

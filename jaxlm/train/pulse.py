@@ -127,7 +127,9 @@ class Pulse:
             self._seconds.append(seconds)
             self._timed_steps, self._timed_s = self._timed_steps + steps, self._timed_s + seconds
             _said["step_time_s"] = self._timed_s / self._timed_steps
-        _said["step"] = step
+        starts, _said["step"] = _said.get("step") == _said.get("first"), step
+        if starts:
+            _write()  # a supervisor wants to know when it goes on
         self._stretch = [self._limit_s()]
 
     def unwatched(self) -> contextlib.AbstractContextManager[None]:

@@ -2,8 +2,8 @@
 set -e
 gcloud compute tpus queued-resources create small --node-count=2 --node-prefix=small --type=v5litepod --topology=16x16 --runtime-version=v2-alpha-tpuv5-lite --project=p --zone=us-west4-a
 until state=$(gcloud compute tpus queued-resources describe small '--format=value(state.state)' --project=p --zone=us-west4-a); [ "$state" = ACTIVE ]; do [ "$state" != FAILED ]; sleep 30; done
-gcloud compute tpus tpu-vm ssh small-0 --worker=all '--command=nohup jaxlm train --config=experiments/gpt3_175b.py '"'"'--workdir=/mnt/it'"'"'"'"'"'"'"'"'s here'"'"' --distributed > ~/small.log 2>&1 < /dev/null & echo $! > ~/small.pid' --project=p --zone=us-west4-a
-gcloud compute tpus tpu-vm ssh small-1 --worker=all '--command=nohup jaxlm train --config=experiments/gpt3_175b.py '"'"'--workdir=/mnt/it'"'"'"'"'"'"'"'"'s here'"'"' --distributed > ~/small.log 2>&1 < /dev/null & echo $! > ~/small.pid' --project=p --zone=us-west4-a
+gcloud compute tpus tpu-vm ssh small-0 --worker=all '--command=nohup jaxlm supervise -- train --config=experiments/gpt3_175b.py '"'"'--workdir=/mnt/it'"'"'"'"'"'"'"'"'s here'"'"' --distributed > ~/small.log 2>&1 < /dev/null & echo $! > ~/small.pid' --project=p --zone=us-west4-a
+gcloud compute tpus tpu-vm ssh small-1 --worker=all '--command=nohup jaxlm supervise -- train --config=experiments/gpt3_175b.py '"'"'--workdir=/mnt/it'"'"'"'"'"'"'"'"'s here'"'"' --distributed > ~/small.log 2>&1 < /dev/null & echo $! > ~/small.pid' --project=p --zone=us-west4-a
 
 # logs
 set -e
