@@ -105,8 +105,8 @@ def disturb(folder, event, victim, step, delay):
     faults = len(log(folder, "fault"))
     pids = wait_for(lambda: len(log(folder, "start")) > faults and log(folder, "start"))[-1]["pids"]
     last = lambda: (rows(folder) or [{"step": 0}])[-1]["step"]  # noqa: E731
-    began = lambda: len(read_jsonl(folder / "events.jsonl")) > faults  # noqa: E731
-    wait_for(lambda: began() and last() >= step)
+    starts = lambda: [r for r in read_jsonl(folder / "events.jsonl") if r["event"] != "stop"]  # noqa: E731
+    wait_for(lambda: len(starts()) > faults and last() >= step)  # rows of one before say nothing
     time.sleep(delay)
     os.kill(pids[victim if always is None else always], signum)
     return said, wait_for(lambda: log(folder, "fault")[faults:])[0]

@@ -195,8 +195,7 @@ class _Supervisor:
     def _see_exits(self, sitting: _Sitting) -> None:
         failed = [(p.poll(), i) for i, p in enumerate(sitting.processes) if p.poll()]
         if failed and not sitting.why:
-            mistakes = [row for row in failed if row[0] == UserError.exit_code]
-            code, i = (mistakes or failed)[0]  # what others made of it tells less
+            code, i = min(failed, key=lambda row: _tells_less(row[0]))
             why = f"process {i}: {pulse.means(code)}"
             self._noticed(sitting, why, code if code > 0 else 128 - code, _LEAVE_S.get(code, 0.0))
 
@@ -214,6 +213,14 @@ class _Supervisor:
 
     def _row(self, event: str, **values: Any) -> None:
         append_jsonl(self.log, {"time": time.time(), "event": event, **values})
+
+
+def _tells_less(code: int) -> int:
+    """Of processes that ended at once: the one that was killed is the cause, and those that failed
+    or aborted (SIGABRT: jax lost another) its effects."""
+    if code == UserError.exit_code:
+        return 0
+    return 1 if code < 0 and code != -signal.SIGABRT else 2
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> Any:
