@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from jaxlm.commands import data, evaluation, jobs, laws, machine, plans, runs, weights
+from jaxlm.commands import data, evaluation, jobs, laws, machine, plans, runs, serving, weights
 from jaxlm.config import Config, Sweep
 from jaxlm.schema import JaxlmError, UserError, describe, hint
 from jaxlm.train.pulse import start_heartbeat
 
-_GROUPS = (runs, plans, data, weights, evaluation, laws, jobs, machine)
+_GROUPS = (runs, plans, data, weights, serving, evaluation, laws, jobs, machine)
 VERBS = {name: command for group in _GROUPS for name, command in group.VERBS.items()}
 
 

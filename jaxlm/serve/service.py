@@ -1,0 +1,237 @@
+"""The models that are served by name, and how a request becomes tokens and tokens become text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxlm.data import chat
+from jaxlm.data.chat import ChatTemplate, Message
+from jaxlm.data.tokenizer import Subword, Tokenizer
+from jaxlm.generate.slots import Request
+from jaxlm.generate.watch import token_text
+from jaxlm.language_model import LanguageModel
+from jaxlm.schema import JaxlmError, UserError, hint
+from jaxlm.serve.engine import Call, Engine
+from jaxlm.serve.guard import Refused
+from jaxlm.serve.metrics import Metrics
+from jaxlm.serve.protocol import Chat, Completion, Said
+from jaxlm.serve.writer import Writer
+
+ANSWER_S = 600.0  # the longest that a request may wait and be answered
+FEW = 16  # tokens of a completion that states no max_tokens, as OpenAI's
+INFILL = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)  # how Qwen, StarCoder and Code Llama call them
+
+
+class Broken(JaxlmError):
+    """A request whose answer came to no end."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model under a name; `prepare` is what an application makes of a conversation."""
+
+    engine: Engine
+    prepare: Callable[[list[Message]], list[Message]] = list
+    ends: frozenset[int] = field(default_factory=frozenset)  # of an answer in a conversation
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.engine.model
+
+
+def served(engine: Engine, prepare: Callable[[list[Message]], list[Message]] = list) -> Served:
+    model = engine.model
+    return Served(engine, prepare, ends_of_turn(model.tokenizer, model.chat))
+
+
+def ends_of_turn(words: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
+    """The special token that the template puts after what the assistant says, if any."""
+    if template is None or not isinstance(words, Subword):
+        return frozenset()
+    asks: list[Message] = [{"role": "user", "content": "a"}]
+    before = template.text(asks, ask=True)
+    after = template.text([*asks, {"role": "assistant", "content": "b"}])
+    if not after.startswith(before):
+        return frozenset()
+    special = {i for i, t in words.inner.get_added_tokens_decoder().items() if t.special}
+    ids, _ = chat.encoded(words, after[len(before) :])
+    return frozenset([i for i in ids.tolist() if i in special][:1])
+
+
+@dataclass
+class Piece:
+    """What came of one answer: text, the tokens that it is made of, and why it ended."""
+
+    index: int
+    text: str
+    said: list[Said]
+    finish: str | None = None
+
+
+@dataclass
+class Asking:
+    """A request under way: its answers' pieces as they come."""
+
+    name: str
+    served: Served
+    prompts: list[np.ndarray]
+    texts: list[str]  # of the prompts, where they are to be repeated
+    copies: int
+    call: Call
+    stops: list[str]
+    top: int | None
+    metrics: Metrics
+    began: float = field(default_factory=time.monotonic)
+    generated: int = 0
+
+    @property
+    def usage(self) -> dict[str, int]:
+        asked = sum(map(len, self.prompts))
+        return {
+            "prompt_tokens": asked,
+            "completion_tokens": self.generated,
+            "total_tokens": asked + self.generated,
+        }
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Raises Broken where an answer came to no end."""
+        words, ends = self.served.model.tokenizer, self.call.jobs[0].request.ends
+        writers = [
+            Writer(words, prompt, self.stops) for prompt in self.prompts for _ in range(self.copies)
+        ]
+        waits: list[list[Said]] = [[] for _ in writers]
+        name, seen = self.name, False
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                async for i, token in self.call.tokens():
+                    if token.finish == "error":
+                        raise Broken("the model could not answer this request")
+                    if not seen:
+                        self.metrics.first_token.labels(name).observe(self._seconds())
+                    seen = True
+                    self.generated += 1
+                    self.metrics.generated.labels(name).inc()
+                    piece, writer = Piece(i, "", waits[i]), writers[i]
+                    if token.id not in ends:
+                        if self.top is not None:
+                            top = [(self._text(j), p) for j, p in token.top]
+                            waits[i].append(Said(self._text(token.id), token.log_prob, top))
+                        piece.text = writer.add(token.id)
+                    if token.finish is not None and not writer.stopped:
+                        piece.text += writer.rest()
+                    if token.finish is not None or writer.stopped:
+                        piece.finish = "length" if token.finish == "length" else "stop"
+                        piece.finish = "stop" if writer.stopped else piece.finish
+                    if writer.stopped and token.finish is None:
+                        self.call.leave(i)
+                    if piece.text or piece.finish:
+                        waits[i] = []
+                        yield piece
+            self.metrics.whole.labels(name).observe(self._seconds())
+        except TimeoutError:
+            raise Broken(f"no answer within {ANSWER_S:g} s") from None
+        finally:
+            self.call.close()
+
+    def _text(self, token: int) -> str:
+        return token_text(self.served.model.tokenizer, token)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+class Service:
+    """All of it. Tokenizers are used by one thread, since they hold state while they encode."""
+
+    def __init__(self, models: Mapping[str, Served]) -> None:
+        self.models = dict(models)
+        self.metrics = Metrics({name: s.engine for name, s in models.items()})
+        self._reader = ThreadPoolExecutor(1, "jaxlm-tokenizer")
+
+    def close(self) -> None:
+        for engine in {id(s.engine): s.engine for s in self.models.values()}.values():
+            engine.close()
+
+    async def ask(self, asked: Completion | Chat) -> Asking:
+        """Puts a request into its model's queue. Raises UserError, Refused and Busy."""
+        found = self.models.get(asked.model)
+        if found is None:
+            message = f"model: no {asked.model!r:.80} here; {hint(asked.model, self.models)}"
+            raise Refused(404, message, "model_not_found")
+        talk = isinstance(asked, Chat)
+        loop, top, stops, sampling = (
+            asyncio.get_running_loop(), asked.top, asked.stops, asked.sampling,
+        )  # fmt: skip
+        read = conversation_ids if isinstance(asked, Chat) else completion_ids
+        prompts, texts = await loop.run_in_executor(self._reader, read, found, asked)
+        most = asked.max_tokens
+        if isinstance(asked, Chat):
+            most = asked.max_completion_tokens or most
+        context, longest = found.engine.context, max(map(len, prompts))
+        if most is None:
+            most = max(1, context - longest + 1) if talk else FEW
+        if longest + most - 1 > context:
+            message = f"prompt: {longest} tokens and {most} new ones; the context is {context}"
+            raise Refused(400, message, "context_length_exceeded")
+        ends = frozenset({found.model.tokenizer.eos_id}) | (found.ends if talk else frozenset())
+        requests = [
+            Request(prompt, most, sampling, ends, _before(prompts, i) * asked.n + j, top or 0)
+            for i, prompt in enumerate(prompts)
+            for j in range(asked.n)
+        ]
+        call = found.engine.ask(requests)
+        self.metrics.prompt.labels(asked.model).inc(sum(map(len, prompts)))
+        return Asking(asked.model, found, prompts, texts, asked.n, call, stops, top, self.metrics)
+
+
+def _before(prompts: Sequence[np.ndarray], i: int) -> int:
+    """How many of the same stand before prompt `i`: their draws are to differ."""
+    return sum(np.array_equal(prompts[i], other) for other in prompts[:i])
+
+
+def conversation_ids(found: Served, asked: Chat) -> tuple[list[np.ndarray], list[str]]:
+    """Token ids of a conversation, up to where the assistant's turn begins. Raises UserError."""
+    if found.model.chat is None:
+        raise UserError(f"model: {asked.model!r} has no chat template; use /v1/completions")
+    text = found.model.chat.text(found.prepare(asked.turns), ask=True)
+    ids, _ = chat.encoded(found.model.tokenizer, text)
+    return [ids], []
+
+
+def completion_ids(found: Served, asked: Completion) -> tuple[list[np.ndarray], list[str]]:
+    """Token ids of each prompt, and with `echo` its text. Raises UserError."""
+    model, words = found.model, found.model.tokenizer
+    if asked.echo and (asked.logprobs is not None or asked.suffix):
+        raise UserError("echo: not supported together with logprobs or suffix")
+    prompts: list[np.ndarray] = []
+    for prompt in asked.prompts:
+        if isinstance(prompt, list):
+            prompts.append(np.array(prompt, np.int32))
+        elif asked.suffix:
+            prompts.append(_infill(words, prompt, asked.suffix))
+        else:
+            prompts += model.read([prompt], None)
+    whole = [p if isinstance(p, str) else words.decode(p) for p in asked.prompts if asked.echo]
+    if not all(map(len, prompts)):
+        raise UserError("prompt: expected at least one token")
+    return prompts, whole
+
+
+def _infill(words: Tokenizer, prefix: str, suffix: str) -> np.ndarray:
+    """What makes a model say what stands between (Bavarian et al. 2022, "PSM")."""
+    for names in INFILL if isinstance(words, Subword) else ():
+        ids = [words.inner.token_to_id(name) for name in names]
+        if None not in ids:
+            a, b = words.encode(prefix).tolist(), words.encode(suffix).tolist()
+            return np.array([ids[0], *a, ids[1], *b, ids[2]], np.int32)
+    raise UserError("suffix: this model's tokenizer has no tokens for filling in the middle")
