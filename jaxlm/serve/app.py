@@ -63,7 +63,7 @@ def guarded(service: Service, names: Collection[str] = (), token: str = "") -> G
             Route("/v1/chat/completions", chat, methods=["POST"]),
         ],
         exception_handlers={
-            Refused: lambda _, e: e.response(),  # type: ignore[attr-defined]
+            Refused: lambda _, e: e.response(),
             Busy: lambda _, e: _busy(service, str(e)),
             UserError: lambda _, e: JSONResponse(error(400, str(e)), 400),
             Broken: lambda _, e: JSONResponse(error(500, str(e)), 500),
@@ -144,7 +144,11 @@ class _Form:
         return self.piece(Piece(index, self.echo(index), []))
 
     def piece(self, piece: Piece) -> dict[str, Any]:
-        found = {"index": piece.index, "finish_reason": piece.finish, "logprobs": None}
+        found: dict[str, Any] = {
+            "index": piece.index,
+            "finish_reason": piece.finish,
+            "logprobs": None,
+        }
         if self.asking.top is not None and piece.said:
             found["logprobs"] = self._logprobs(piece)
         if not self.chat:

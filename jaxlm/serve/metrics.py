@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -39,7 +40,7 @@ class Metrics:
         ):  # fmt: skip
             gauge = Gauge(name, about, ["model"], registry=own)
             for model, engine in engines.items():
-                gauge.labels(model).set_function(lambda e=engine, read=read: read(e))
+                gauge.labels(model).set_function(functools.partial(read, engine))
 
     def answered(self, path: str, status: int) -> None:
         self.requests.labels(path if path in ROUTES else "other", status).inc()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -103,7 +103,7 @@ class Asking:
             "total_tokens": asked + self.generated,
         }
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Raises Broken where an answer came to no end."""
         words, ends = self.served.model.tokenizer, self.call.jobs[0].request.ends
         writers = [
@@ -172,8 +172,7 @@ class Service:
         loop, top, stops, sampling = (
             asyncio.get_running_loop(), asked.top, asked.stops, asked.sampling,
         )  # fmt: skip
-        read = conversation_ids if isinstance(asked, Chat) else completion_ids
-        prompts, texts = await loop.run_in_executor(self._reader, read, found, asked)
+        prompts, texts = await loop.run_in_executor(self._reader, _read, found, asked)
         most = asked.max_tokens
         if isinstance(asked, Chat):
             most = asked.max_completion_tokens or most
@@ -192,6 +191,12 @@ class Service:
         call = found.engine.ask(requests)
         self.metrics.prompt.labels(asked.model).inc(sum(map(len, prompts)))
         return Asking(asked.model, found, prompts, texts, asked.n, call, stops, top, self.metrics)
+
+
+def _read(found: Served, asked: Completion | Chat) -> tuple[list[np.ndarray], list[str]]:
+    if isinstance(asked, Chat):
+        return conversation_ids(found, asked)
+    return completion_ids(found, asked)
 
 
 def _before(prompts: Sequence[np.ndarray], i: int) -> int:
@@ -229,8 +234,8 @@ def completion_ids(found: Served, asked: Completion) -> tuple[list[np.ndarray], 
 
 def _infill(words: Tokenizer, prefix: str, suffix: str) -> np.ndarray:
     """What makes a model say what stands between (Bavarian et al. 2022, "PSM")."""
-    for names in INFILL if isinstance(words, Subword) else ():
-        ids = [words.inner.token_to_id(name) for name in names]
+    for names in INFILL:
+        ids = [words.inner.token_to_id(n) if isinstance(words, Subword) else None for n in names]
         if None not in ids:
             a, b = words.encode(prefix).tolist(), words.encode(suffix).tolist()
             return np.array([ids[0], *a, ids[1], *b, ids[2]], np.int32)
