@@ -1,4 +1,4 @@
-"""Models that answer over HTTP or in the terminal: `serve`, `chat`."""
+"""Models that answer over HTTP: `serve`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def serve(
     say: Callable[[str], None] = print,
 ) -> int:
     """Serves `models` (name → what `from_pretrained` takes) until SIGTERM or Ctrl-C, with OpenAI's
-    interface and a chat page. Each answers `rows` requests at a time, of at most `context` tokens,
+    interface. Each answers `rows` requests at a time, of at most `context` tokens,
     while `queue` more wait. Returns 128 + the signal's number.
 
     Raises UserError for a model that cannot be served and, without a `token`, for a `host` that

@@ -55,5 +55,5 @@ def _serve(values: Flags, overrides: list[tuple[str, str]]) -> int:
 
 
 VERBS = {
-    "serve": Command(_serve, _flags_serve, "models over HTTP, as OpenAI's, and a chat page"),
+    "serve": Command(_serve, _flags_serve, "models over HTTP, with OpenAI's interface"),
 }

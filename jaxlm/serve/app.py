@@ -1,4 +1,4 @@
-"""The routes: OpenAI's three, the chat page, health and metrics."""
+"""The routes: OpenAI's three, health and metrics."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 - A name may be made to point here by a stranger's page (DNS rebinding), so `Host` must be an
   address, `localhost`, or a name that was given; an address cannot be rebound.
 - A stranger's page may send requests that carry its `Origin`: it must be our own.
-- Where a token is set, all but the page and the health check want it.
+- Where a token is set, all but the health check want it.
 - A body ends at `MAX_BODY` bytes and within `BODY_S` seconds.
 """
 
@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse
 MAX_BODY = 1 << 20  # bytes
 HEARD_OUT = 16 * MAX_BODY  # of a longer body, read and thrown away so that its sender hears why
 BODY_S = 20.0
-OPEN = ("/", "/healthz")  # paths that need no token
+OPEN = ("/healthz",)  # paths that need no token
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
