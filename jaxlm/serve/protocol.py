@@ -55,8 +55,9 @@ class Options:
             pairs.append((int(name), float(value)))
         seed = secrets.randbits(31) if self.seed is None else self.seed
         return Sampling(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
-            self.frequency_penalty, self.presence_penalty, tuple(pairs), seed,
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty, frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty, logit_bias=tuple(pairs), seed=seed,
         )  # fmt: skip
 
     @property
