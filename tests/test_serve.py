@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import small
 
-from jaxlm.generate import decode
+from jaxlm.generate import written
 from jaxlm.language_model import LanguageModel
 from jaxlm.schema import UserError
 
@@ -163,7 +163,7 @@ def test_log_probabilities_are_the_models(client: Any, model: LanguageModel) -> 
 def test_answers_end_before_stop_strings(client: Any, model: LanguageModel) -> None:
     whole = greedy(model, "abc", 12)
     stop = whole[4:7]
-    want = decode.until(whole, [stop])
+    want = written.until(whole, [stop])
     how = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "temperature": 0, "stop": [stop]}
     found = client.completions.create(**how).choices[0]
     assert (found.text, found.finish_reason) == (want, "stop")
@@ -187,7 +187,7 @@ def test_text_comes_in_whole_characters_and_is_never_taken_back(seed: int) -> No
     pieces += [] if writer.stopped else [writer.rest()]
     whole = words.decode(ids)[len(words.decode(ids[:cut])) :]
     if seed % 2 and "\N{REPLACEMENT CHARACTER}" not in words.decode(ids[:cut]):
-        assert "".join(pieces) == decode.until(whole, stops)
+        assert "".join(pieces) == written.until(whole, stops)
         assert not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces)
     assert not any(stop in "".join(pieces) for stop in stops)
 

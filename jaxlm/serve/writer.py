@@ -15,7 +15,7 @@ _CUT = "\N{REPLACEMENT CHARACTER}"  # what decodes so may be a character's first
 class Writer:
     """`add` gives the text that is certain with each token, `rest` what was held back at the end.
 
-    All pieces together are what `decode.follows` says of the whole answer, before the first of
+    All pieces together are what `written.follows` says of the whole answer, before the first of
     `stops` in it; `stopped` tells that one was found.
     """
 
