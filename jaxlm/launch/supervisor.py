@@ -100,7 +100,8 @@ class _Supervisor:
             last_words = self._final(sitting, tries)
             if last_words:
                 return self._leave(sitting, last_words)
-            self.fault, number = sitting.noticed, number + 1
+            # A fault before the one before it was got over: the time goes on from the first.
+            self.fault, number = self.fault or sitting.noticed, number + 1
             wait_s = min(LONGEST_WAIT_S, 2.0 ** (tries - 1))
             self.say(f"{sitting.why}; all start again in {wait_s:g} s")
             until = time.monotonic() + wait_s
