@@ -122,7 +122,7 @@ def run(data, seed, cuts, splits, batch_size):
     out = []
     for begin, end in zip([0, *cuts], [*cuts, 24], strict=True):
         parts = [
-            loader.chunk(data, seed, begin * batch_size, end - begin, batch_size, (lo, hi))
+            loader.chunk(data, seed, begin * batch_size, end - begin, batch_size, np.arange(lo, hi))
             for lo, hi in zip([0, *splits], [*splits, batch_size], strict=True)
         ]
         out.append(np.concatenate([p.targets for p in parts], axis=1))

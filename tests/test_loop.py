@@ -212,7 +212,8 @@ OWN = """
 import jax.numpy as jnp, optax
 from flax import nnx
 from jaxlm.data.documents import Document
-from jaxlm.model.layers import Block, declare, use
+from jaxlm.model.layers import Block, declare
+from jaxlm.model.parts import use
 from jaxlm.train.losses import next_token
 
 class Doubtful(Block):  # the shipped block, each output scaled by a learned gate
