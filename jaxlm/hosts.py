@@ -56,9 +56,26 @@ def joined(found_by_themselves: bool = False) -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        _part(e)
-        raise
+        if not _is_lost(e):
+            _part(e)
+            raise
+        lost = Lost(f"lost another process of the run: {first_line(e)}")
+        _part(lost)
+        raise lost from e
     _part(None)
+
+
+class Lost(JaxlmError):
+    """Another process is gone; all of them, started again, go on from the last checkpoint."""
+
+    exit_code = 76
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether a collective failed for want of somebody, as far as its words tell."""
+    text = str(error).lower()
+    words = ("gloo", "unavailable", "connection", "deadline_exceeded")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
 
 
 def _part(error: BaseException | None) -> None:
@@ -264,7 +281,7 @@ def _wait(key: str) -> Any:
             return json.loads(_client().blocking_key_value_get(key, _POLL_MS))
         except jax.errors.JaxRuntimeError as e:
             if "DEADLINE_EXCEEDED" not in str(e):
-                raise JaxlmError(f"lost the other processes: {first_line(e)}") from e
+                raise Lost(f"lost the other processes: {first_line(e)}") from e
 
 
 def _told(error: BaseException) -> list[Any]:

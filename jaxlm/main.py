@@ -1,7 +1,7 @@
 """The command line: `jaxlm VERB …`, the same as `python -m jaxlm VERB …`. No logic lives here.
 
 Exit codes: 0 done; 1 something failed; 2 a mistake in what was asked for; 75 a run that hung;
-128 + n after signal n.
+76 another process of the run is gone; 128 + n after signal n.
 """
 
 from __future__ import annotations

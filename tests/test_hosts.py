@@ -25,7 +25,7 @@ from jaxlm.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfi
 
 def get_config():
     return Config(
-        data=DataConfig(sources=({words!r},), eval_sequences=16, max_epochs=100.0),
+        data=DataConfig(sources=({words!r},), eval_sequences=16, max_epochs=1e6),
         model=ModelConfig(d_model=16, n_layers=1, n_heads=2, seq_len=16),
         train=TrainConfig(steps={steps}, global_batch_size=8, log_every=1, eval_every=8,
                           checkpoint_every=8, keep_checkpoints=99, steps_per_dispatch=2,
@@ -210,6 +210,20 @@ def test_a_process_that_fails_alone_leaves_with_its_own_words(tmp_path, monkeypa
     codes, _, errors = agreeing(25)
     assert codes[1] == 1 and errors[1].splitlines()[-1] == "jaxlm: alone", errors[1]
     assert codes[0] != 0  # it was ended, or came to an end without the other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_who_loses_another_says_that_the_same_command_may_be_started_again(tmp_path, killed):
+    folder = tmp_path / "run"
+    both = processes(2, experiment(tmp_path, steps=100_000, prompts=()), folder)
+    while not rows(folder) or rows(folder)[-1]["step"] <= 8:
+        time.sleep(0.02)
+    both[killed].kill()
+    _, err = both[1 - killed].communicate(timeout=120)
+    # jax aborts it, or it fails in a collective before.
+    assert both[1 - killed].returncode in (-signal.SIGABRT, hosts.Lost.exit_code), err
+    both[killed].communicate()
 
 
 @pytest.mark.parametrize(

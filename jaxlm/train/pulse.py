@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxlm.hosts import Lost
 from jaxlm.schema import JaxlmError, UserError
 
 FILE = "JAXLM_HEARTBEAT"  # environment: where a supervisor looks for this process's
@@ -184,5 +185,6 @@ def means(code: int) -> str:
         JaxlmError.exit_code: "failed",
         UserError.exit_code: "a mistake in the command",
         HUNG: "hung",
+        Lost.exit_code: "lost another process",
     }
     return known.get(code, f"exit code {code}")
