@@ -26,10 +26,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Page:
-    """One page: `run` evaluates JavaScript, `press` is a real key."""
+    """One page: `run` evaluates JavaScript, `press` is a real key; `events` are what it told."""
 
     def __init__(self, to: int, back: Any) -> None:
         self.to, self.back, self.count, self.session = to, back, 0, ""
+        self.events: list[dict[str, Any]] = []
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         self.count += 1
@@ -46,11 +47,22 @@ class Page:
             if answer.get("id") == self.count:
                 assert "error" not in answer, answer
                 return answer["result"]
+            self.events.append(answer)
 
     def run(self, code: str) -> Any:
-        found = self.send("Runtime.evaluate", expression=code, returnByValue=True)
+        how = {"returnByValue": True, "awaitPromise": True}
+        found = self.send("Runtime.evaluate", expression=code, **how)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def complaints(self) -> list[str]:
+        """Errors on its console and what its policy forbade, from its beginning on."""
+        for domain in ("Log", "Runtime"):
+            self.send(f"{domain}.disable")
+            self.send(f"{domain}.enable")
+        kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+        found = [json.dumps(e["params"]) for e in self.events if e["method"] in kinds]
+        return [told for told in found if '"level": "verbose"' not in told]
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,8 @@ SPECIAL = (
 CONTEXT = 200
 
 
-def words(ascii_only: bool = False) -> Subword:
+def words(ascii_only: bool = False, more: Sequence[str] = ()) -> Subword:
+    """One token a byte, and one for each of `more`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     known = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -42,12 +43,13 @@ def words(ascii_only: bool = False) -> Subword:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    inner.add_tokens([AddedToken(text, normalized=False) for text in more])
     return Subword(inner, "<|endoftext|>")
 
 
-def model(seed: int = 0) -> LanguageModel:
+def model(seed: int = 0, more: Sequence[str] = ()) -> LanguageModel:
     """Random weights; it knows printable ASCII alone, so that texts tell answers apart."""
-    tokenizer = words(ascii_only=True)
+    tokenizer = words(True, more)
     config = ModelConfig(
         d_model=16, n_layers=2, n_heads=2, d_ff=32, vocab_size=tokenizer.vocab_size, seq_len=64,
         tie_embeddings=False,

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import small
 
+from jaxlm import from_pretrained
 from jaxlm.generate import written
 from jaxlm.language_model import LanguageModel
 from jaxlm.schema import UserError
@@ -523,7 +524,7 @@ def test_crawlers_are_cut(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_command_drains_at_sigterm(tmp_path: Path) -> None:
-    where = small.golden("llama", tmp_path / "llama")
+    where = small.golden("llama3", tmp_path / "llama3")
     command = [sys.executable, "-m", "jaxlm", "serve", f"--model=mine={where}", "--port=0"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
@@ -533,5 +534,9 @@ def test_the_command_drains_at_sigterm(tmp_path: Path) -> None:
         lines = iter(process.stdout.readline, "")
         url = next(m[0] for line in lines if (m := re.search(r"http://127[^/]*", line)))
         assert json.loads(raw(url)[2])["data"][0]["id"] == "mine"
+        asked = {**SAYS, "model": "mine", "max_tokens": 4, "temperature": 0}
+        status, _, told = raw(url, "POST", "/v1/completions", asked)
+        assert status == 200
+        assert json.loads(told)["choices"][0]["text"] == greedy(from_pretrained(where), "a", 4)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + signal.SIGTERM

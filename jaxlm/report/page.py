@@ -72,6 +72,11 @@ def listing(items: Iterable[Child], class_: str = "") -> Html:
     return h("ul", *(h("li", item) for item in items), class_=class_)
 
 
+def tokens_css() -> str:
+    """Colours by name, light and dark, for a page with styles of its own."""
+    return theme_css() + TOKENS
+
+
 def document(title: str, *body: Child) -> str:
     """The whole page."""
     head = h(
@@ -87,13 +92,18 @@ def document(title: str, *body: Child) -> str:
     return f"<!doctype html>\n{h('html', head, h('body', h('main', *body)), lang='en')}\n"
 
 
-CSS = """
+TOKENS = """
 :root{--page:#f6f8fa;--card:#ffffff;--line:#d1d9e0;--link:#0969da;
 --good:#1a7f37;--good-bg:#e6f6ea;--bad:#b3261e;--bad-bg:#fdeceb;--warn:#8a5a00;--warn-bg:#fff5dc;
 --wait:#59636e;--wait-bg:#eef1f4}
 @media (prefers-color-scheme:dark){:root{--page:#010409;--card:#0d1117;--line:#30363d;
 --link:#6cb6ff;--good:#56d364;--good-bg:#0f2417;--bad:#ff8f87;--bad-bg:#2d1414;--warn:#e3b341;
 --warn-bg:#2a2110;--wait:#9198a1;--wait-bg:#161b22}}
+"""
+
+CSS = (
+    TOKENS
+    + """
 *{box-sizing:border-box}
 html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);
@@ -166,3 +176,4 @@ footer{margin-top:44px;color:var(--muted);font-size:.85rem}
 .card{padding:14px}.facts{grid-template-columns:repeat(2,1fr);gap:12px 14px}}
 @media print{body{background:none}.figures{display:block}figure{break-inside:avoid;margin:0 0 12px}}
 """
+)

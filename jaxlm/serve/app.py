@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxlm.schema import UserError
-from jaxlm.serve import protocol
+from jaxlm.serve import page, protocol
 from jaxlm.serve.engine import Busy
 from jaxlm.serve.guard import Guard, Refused, body, error
 from jaxlm.serve.protocol import Chat, Completion
@@ -53,8 +53,14 @@ def guarded(service: Service, names: Collection[str] = (), token: str = "") -> G
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def shown(request: Request) -> Response:
+        text, policy = page.document()
+        headers = {"Content-Security-Policy": policy}
+        return Response(text, media_type="text/html; charset=utf-8", headers=headers)
+
     app = Starlette(
         routes=[
+            Route("/", shown),
             Route("/healthz", healthy),
             Route("/metrics", metrics),
             Route("/v1/models", models),

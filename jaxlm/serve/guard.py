@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse
 MAX_BODY = 1 << 20  # bytes
 HEARD_OUT = 16 * MAX_BODY  # of a longer body, read and thrown away so that its sender hears why
 BODY_S = 20.0
-OPEN = ("/healthz",)  # paths that need no token
+OPEN = ("/", "/healthz")  # paths that need no token: the page asks for it
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
