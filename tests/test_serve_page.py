@@ -122,6 +122,16 @@ def test_a_message_is_answered(
     page.until("document.readyState", "complete")
     page.until("!document.documentElement.dataset.old && models.length > 0")
     assert page.run(texts) == before and page.run("$('max_tokens').value") == "100"
+    fill(page, max_tokens=12)
+    page.run("$('talk').querySelector('button').click()")  # edit
+    assert page.run(texts) == [] and page.run("$('ask').value") == "hello <b>you</b>"
+    page.press("Enter")
+    page.until("running === null && $('status').textContent", "The answer is complete.")
+    assert page.run(texts) == ["hello <b>you</b>", want]
+    page.run("$('talk').querySelectorAll('.text')[1].textContent = ''")
+    page.run("[...$('talk').querySelectorAll('button')].at(-1).click()")  # regenerate
+    page.until("running", None)
+    assert page.run(texts) == ["hello <b>you</b>", want]
     assert page.complaints() == []
 
 
