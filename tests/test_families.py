@@ -25,7 +25,7 @@ FAMILIES = {name.rsplit("-", 1)[0]: name for name in presets.names()} | {
     "qwen3 moe": "qwen3-30b-a3b",
     "gemma3 long": "gemma3-27b",
 }
-FAST = ("mixtral", "t5")
+FAST = ("t5",)  # mixtures of experts on eight devices: tests/test_parallel.py
 
 
 def shrunk(model: ModelConfig) -> ModelConfig:
