@@ -136,17 +136,14 @@ class Engine:
         self._waiting.clear()
 
     def _taken(self) -> list[_Job]:
-        """Those who have left leave their rows; who has waited longest gets them."""
+        """Those who have left leave rows and queue; who has waited longest gets a row."""
         for row, job in list(self._running.items()):
             if job.over:
                 self.slots.leave(row)
                 del self._running[row]
-        found: list[_Job] = []
-        while self._waiting and len(found) < self.slots.free:
-            job = self._waiting.popleft()
-            if not job.over:
-                found.append(job)
-        return found
+        self._waiting = deque(job for job in self._waiting if not job.over)
+        many = min(len(self._waiting), self.slots.free)
+        return [self._waiting.popleft() for _ in range(many)]
 
     def _join(self, job: _Job) -> None:
         try:
