@@ -36,7 +36,7 @@ for module in ("uvicorn", "starlette", "prometheus_client", "jinja2"):
 
 import serving  # noqa: E402
 
-from jaxlm.serve import guard, protocol, server  # noqa: E402
+from jaxlm.serve import engine, guard, protocol, server  # noqa: E402
 from jaxlm.serve.protocol import Chat, Completion  # noqa: E402
 from jaxlm.serve.writer import Writer  # noqa: E402
 
@@ -443,6 +443,38 @@ def test_a_step_that_fails_ends_those_in_it_only(
         assert raw(url, "POST", "/v1/completions", SAYS)[0] == 500
         status, _, told = raw(url, "POST", "/v1/completions", {**SAYS, "temperature": 0})
         assert status == 200 and json.loads(told)["choices"][0]["text"] == greedy(model, "a", 2)
+
+
+def test_a_model_that_cannot_go_on_says_so(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving.of(model)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(served.engine.slots, "step", fails)
+    monkeypatch.setattr(served.engine, "_new_slots", fails)
+    with serving.serving({"tiny": served}) as (url, _):
+        assert raw(url, path="/healthz")[0] == 200
+        assert raw(url, "POST", "/v1/completions", SAYS)[0] == 500  # not after a time-out
+        until(lambda: raw(url, path="/healthz")[0], 503)
+        assert raw(url, "POST", "/v1/completions", SAYS)[0] == 500
+
+
+def test_a_model_that_answers_nothing_is_not_served(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving.of(model)
+
+    def fails() -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(served.engine.slots, "step", fails)
+    with pytest.raises(engine.Broken, match="its first request failed"):
+        engine.warm(served.engine)
+    assert engine.warm(served.engine) > 0  # it has a new batch
+    served.engine.close()
 
 
 async def crowd(

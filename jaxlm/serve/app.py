@@ -19,10 +19,10 @@ from starlette.routing import Route
 
 from jaxlm.schema import UserError
 from jaxlm.serve import page, protocol
-from jaxlm.serve.engine import Busy
+from jaxlm.serve.engine import Broken, Busy
 from jaxlm.serve.guard import Guard, Refused, body, error
 from jaxlm.serve.protocol import Chat, Completion
-from jaxlm.serve.service import Asking, Broken, Piece, Service
+from jaxlm.serve.service import Asking, Piece, Service
 
 _LOG = logging.getLogger("jaxlm.serve")
 _GONE = Response(status_code=499)  # nobody is there to read it
@@ -48,6 +48,8 @@ def guarded(service: Service, names: Collection[str] = (), token: str = "") -> G
         return JSONResponse(_card(service, name))
 
     async def healthy(request: Request) -> Response:
+        if any(s.engine.closed for s in service.models.values()):
+            raise Refused(503, "a model has stopped")
         return JSONResponse({"status": "ok"})
 
     async def metrics(request: Request) -> Response:

@@ -2,7 +2,8 @@
 
 The thread owns the `Slots`; the event loop only puts requests into a list and reads a queue, so
 that neither waits for the other. What goes wrong with a request ends that one; what goes wrong with
-a step ends those who were in it, and the next ones find a new batch.
+a step ends those who were in it, and the next ones find a new batch. Where there can be none, the
+engine closes: all that wait and all that come are told.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _LOG = logging.getLogger("jaxlm.serve")
 
 class Busy(JaxlmError):
     """More requests are waiting than may wait."""
+
+
+class Broken(JaxlmError):
+    """A request whose answer came to no end."""
 
 
 @dataclass(eq=False)
@@ -75,7 +80,7 @@ class Engine:
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
         self._changed = threading.Condition()
-        self._closed = False
+        self.closed = False
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -94,12 +99,14 @@ class Engine:
         return len(self._running)
 
     def ask(self, requests: Sequence[Request]) -> Call:
-        """Puts them into the queue, all or none. Raises UserError as `Slots.check`, and Busy."""
+        """Queues all of them or none. Raises UserError as `Slots.check`, Busy and Broken."""
         for request in requests:
             self.slots.check(request)
         call = Call(self, asyncio.get_running_loop())
         call.jobs = [_Job(call, i, request) for i, request in enumerate(requests)]
         with self._changed:
+            if self.closed:
+                raise Broken("the model has stopped")
             room = self.queue + max(0, self.rows - len(self._running)) - len(self._waiting)
             if len(requests) > room:
                 raise Busy(f"{len(self._waiting)} requests are waiting already; try again later")
@@ -114,26 +121,36 @@ class Engine:
     def close(self) -> None:
         """Ends all that run or wait, and the thread."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify()
         self._thread.join(timeout=60)
 
     # ------------------------------------------------------------------------------ of the thread
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
-                if self._closed:
-                    break
-                joining = self._taken()
-            for job in joining:
-                self._join(job)
-            if self._running:
-                self._step()
-        self._tell([(job, _ended()) for job in [*self._running.values(), *self._waiting]])
-        self._running.clear()
-        self._waiting.clear()
+        try:
+            while self._turn():
+                pass
+        except Exception:
+            _LOG.exception("the model has stopped")
+        with self._changed:
+            self.closed = True
+            self._tell([(job, _ended()) for job in [*self._running.values(), *self._waiting]])
+            self._running.clear()
+            self._waiting.clear()
+
+    def _turn(self) -> bool:
+        """One step, when there is something to do; False if the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or self._waiting or self._running)
+            if self.closed:
+                return False
+            joining = self._taken()
+        for job in joining:
+            self._join(job)
+        if self._running:
+            self._step()
+        return True
 
     def _taken(self) -> list[_Job]:
         """Those who have left leave rows and queue; who has waited longest gets a row."""
@@ -161,8 +178,8 @@ class Engine:
             _LOG.exception("a step failed: %d requests end with it", len(self._running))
             lost = [(job, _ended()) for job in self._running.values()]
             self._running.clear()
-            self.slots = self._new_slots(self.context)
             self._tell(lost)
+            self.slots = self._new_slots(self.context)
             return
         told = []
         for token in said:
@@ -171,6 +188,8 @@ class Engine:
                 self.slots.leave(token.row)
                 continue
             told.append((job, token))
+            if token.finish == "error":
+                _LOG.error("row %d: its request failed twice and ends", token.row)
             if token.finish is not None:
                 del self._running[token.row]
         self._tell(told)
@@ -195,13 +214,15 @@ def _ended() -> Token:
 
 
 def warm(engine: Engine) -> float:
-    """Seconds of a first answer, which compiles what most answers need."""
+    """Seconds of a first answer, which compiles what most answers need. Raises Broken where there
+    is none."""
     began = time.monotonic()
 
     async def ask() -> None:
         call = engine.ask([Request(np.zeros(2, np.int32), 1)])
-        async for _ in call.tokens():
-            pass
+        async for _, token in call.tokens():
+            if token.finish == "error":
+                raise Broken("the model cannot answer: its first request failed")
 
     asyncio.run(ask())
     return time.monotonic() - began

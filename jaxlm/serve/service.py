@@ -16,8 +16,8 @@ from jaxlm.data.tokenizer import Subword, Tokenizer
 from jaxlm.generate.slots import Request
 from jaxlm.generate.watch import token_text
 from jaxlm.language_model import LanguageModel
-from jaxlm.schema import JaxlmError, UserError, hint
-from jaxlm.serve.engine import Call, Engine
+from jaxlm.schema import UserError, hint
+from jaxlm.serve.engine import Broken, Call, Engine
 from jaxlm.serve.guard import Refused
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.protocol import Chat, Completion, Said
@@ -30,10 +30,6 @@ INFILL = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )  # how Qwen, StarCoder and Code Llama call them
-
-
-class Broken(JaxlmError):
-    """A request whose answer came to no end."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,7 @@ class Service:
             engine.close()
 
     async def ask(self, asked: Completion | Chat) -> Asking:
-        """Puts a request into its model's queue. Raises UserError, Refused and Busy."""
+        """Puts a request into its model's queue. Raises UserError, Refused, Busy and Broken."""
         found = self.models.get(asked.model)
         if found is None:
             message = f"model: no {asked.model!r:.80} here; {hint(asked.model, self.models)}"
