@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,7 +24,6 @@ from jaxlm.serve.guard import Guard, Refused, body, error
 from jaxlm.serve.protocol import Chat, Completion
 from jaxlm.serve.service import Asking, Piece, Service
 
-_LOG = logging.getLogger("jaxlm.serve")
 _GONE = Response(status_code=499)  # nobody is there to read it
 _BEGAN = int(time.time())
 
@@ -53,7 +52,7 @@ def guarded(service: Service, names: Collection[str] = (), token: str = "") -> G
         return JSONResponse({"status": "ok"})
 
     async def metrics(request: Request) -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def shown(request: Request) -> Response:
         text, policy = page.document()

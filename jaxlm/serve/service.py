@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -34,10 +34,9 @@ INFILL = (
 
 @dataclass(frozen=True)
 class Served:
-    """A model under a name; `prepare` is what an application makes of a conversation."""
+    """A model under a name."""
 
     engine: Engine
-    prepare: Callable[[list[Message]], list[Message]] = list
     ends: frozenset[int] = field(default_factory=frozenset)  # of an answer in a conversation
 
     @property
@@ -45,9 +44,9 @@ class Served:
         return self.engine.model
 
 
-def served(engine: Engine, prepare: Callable[[list[Message]], list[Message]] = list) -> Served:
+def served(engine: Engine) -> Served:
     model = engine.model
-    return Served(engine, prepare, ends_of_turn(model.tokenizer, model.chat))
+    return Served(engine, ends_of_turn(model.tokenizer, model.chat))
 
 
 def ends_of_turn(words: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
@@ -126,8 +125,8 @@ class Asking:
                     if token.finish is not None and not writer.stopped:
                         piece.text += writer.rest()
                     if token.finish is not None or writer.stopped:
-                        piece.finish = "length" if token.finish == "length" else "stop"
-                        piece.finish = "stop" if writer.stopped else piece.finish
+                        cut = token.finish == "length" and not writer.stopped
+                        piece.finish = "length" if cut else "stop"
                     if writer.stopped and token.finish is None:
                         self.call.leave(i)
                     if piece.text or piece.finish:
@@ -147,7 +146,7 @@ class Asking:
 
 
 class Service:
-    """All of it. Tokenizers are used by one thread, since they hold state while they encode."""
+    """All of it. Texts are encoded by one thread, since a tokenizer's setting differs for chats."""
 
     def __init__(self, models: Mapping[str, Served]) -> None:
         self.models = dict(models)
@@ -165,9 +164,8 @@ class Service:
             message = f"model: no {asked.model!r:.80} here; {hint(asked.model, self.models)}"
             raise Refused(404, message, "model_not_found")
         talk = isinstance(asked, Chat)
-        loop, top, stops, sampling = (
-            asyncio.get_running_loop(), asked.top, asked.stops, asked.sampling,
-        )  # fmt: skip
+        loop, top = asyncio.get_running_loop(), asked.top
+        stops, sampling = asked.stops, asked.sampling
         prompts, texts = await loop.run_in_executor(self._reader, _read, found, asked)
         most = asked.max_tokens
         if isinstance(asked, Chat):
@@ -204,7 +202,7 @@ def conversation_ids(found: Served, asked: Chat) -> tuple[list[np.ndarray], list
     """Token ids of a conversation, up to where the assistant's turn begins. Raises UserError."""
     if found.model.chat is None:
         raise UserError(f"model: {asked.model!r} has no chat template; use /v1/completions")
-    text = found.model.chat.text(found.prepare(asked.turns), ask=True)
+    text = found.model.chat.text(asked.turns, ask=True)
     ids, _ = chat.encoded(found.model.tokenizer, text)
     return [ids], []
 
