@@ -259,6 +259,9 @@ def test_conversations_are_checked(url: str) -> None:
         body = {"model": "tiny", "messages": messages}
         status, _, told = raw(url, "POST", "/v1/chat/completions", body)
         assert status == 400 and names in json.loads(told)["error"]["message"], told
+    body = {"model": "tiny", "messages": TALK, "max_completion_tokens": 0}
+    status, _, told = raw(url, "POST", "/v1/chat/completions", body)
+    assert status == 400 and "expected" in json.loads(told)["error"]["message"], told
     with pytest.raises(UserError, match="tools: not supported"):
         protocol.read(b'{"model": "x", "messages": [], "tools": [{}]}', Chat)
     with pytest.raises(UserError, match="logprobs"):

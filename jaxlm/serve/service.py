@@ -168,8 +168,8 @@ class Service:
         stops, sampling = asked.stops, asked.sampling
         prompts, texts = await loop.run_in_executor(self._reader, _read, found, asked)
         most = asked.max_tokens
-        if isinstance(asked, Chat):
-            most = asked.max_completion_tokens or most
+        if isinstance(asked, Chat) and asked.max_completion_tokens is not None:
+            most = asked.max_completion_tokens
         context, longest = found.engine.context, max(map(len, prompts))
         if most is None:
             most = max(1, context - longest + 1) if talk else FEW
