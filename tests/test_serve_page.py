@@ -177,6 +177,30 @@ def test_nothing_of_a_text_runs(
     assert page.run("window.bad") is None and page.complaints() == []
 
 
+def test_two_models_side_by_side_on_a_phone(page: chromium.Page, served: Served) -> None:
+    page.send(
+        "Emulation.setDeviceMetricsOverride",
+        width=390, height=800, deviceScaleFactor=1, mobile=True,
+    )  # fmt: skip
+    page.run("$('new').click(); $('shown').checked = false; $('settings').open = true")
+    fill(page, model="tiny", second="tiny", system="", temperature=0, max_tokens=6, ask="hello")
+    fill(page, token="a secret")
+    page.run("$('form').requestSubmit()")
+    page.until("running === null && state.turns.length && state.turns[0].answers.length", 2)
+    want = greedy(served.model, "hello", 6)
+    assert page.run("state.turns[0].answers.map(a => a.text)") == [want, want]
+    kept = page.run("localStorage.getItem(KEY)")
+    assert json.loads(kept)["turns"][0]["answers"][1]["text"] == want != "" and "secret" not in kept
+    words = [page.run("$('send').textContent")]
+    for _ in range(2):
+        page.run("$('language').click()")
+        words.append(page.run("$('send').textContent"))
+        assert page.run("document.documentElement.scrollWidth") == 390
+    assert sorted(set(words)) == ["Send", "送信"] and words[0] == words[2]
+    same = "Object.keys(WORDS.en).sort().join() === Object.keys(WORDS.ja).sort().join()"
+    assert page.run(same) and page.complaints() == []
+
+
 def test_the_policy_lets_none_of_it_run(page: chromium.Page) -> None:
     """Were it taken for HTML one day."""
     page.run(f"document.body.insertAdjacentHTML('beforeend', {json.dumps(''.join(PAYLOADS))})")
