@@ -249,6 +249,36 @@ def test_a_request_that_has_no_numbers_ends_alone():
     assert ids([f for i, f in enumerate(found) if i not in (1, 4)]) == ids(want)
 
 
+@pytest.mark.parametrize("failing", [(3,), (3, 8)])
+def test_a_step_that_finds_no_memory_is_told_and_begun_anew(failing, monkeypatch, caplog):
+    wanted = [dataclasses.replace(r, max_new_tokens=12) for r in requests(3, 7, WAYS[:3])]
+    want = answers(Slots(LLAMA, weights(LLAMA), 3, CONTEXT), wanted)
+    engine, steps = Slots(LLAMA, weights(LLAMA), 3, CONTEXT), []
+    say = engine._say
+
+    def fails():
+        steps.append(1)
+        if len(steps) in failing:
+            jax.tree.map(lambda a: a.delete(), engine._cache)  # it was given away
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        return say()
+
+    monkeypatch.setattr(engine, "_say", fails)
+    assert [engine.join(request) for request in wanted] == [0, 1, 2]
+    found: list[list[Token]] = [[], [], []]
+    while engine.free < 3:
+        for token in engine.step():
+            found[token.row].append(token)
+    assert caplog.text.count("a step failed") == len(failing)
+    if len(failing) == 1:
+        assert ids(found) == ids(want)
+    else:  # nor may it go on for ever
+        assert [tokens[-1].finish for tokens in found] == ["error"] * 3
+        assert [t[:-1] for t in ids(found)] == [
+            w[: len(t) - 1] for t, w in zip(found, ids(want), strict=True)
+        ]
+
+
 def test_one_may_leave_at_any_time():
     wanted = requests(3, seed=8)
     engine, fresh = (Slots(LLAMA, weights(LLAMA), 3, CONTEXT) for _ in range(2))

@@ -12,6 +12,7 @@ once more (its cache may have been damaged); if that does not help, its request 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -188,6 +189,7 @@ class Slots:
                 return self._say()
             except jax.errors.JaxRuntimeError:
                 # Out of memory, say; and the cache was given to what failed: all begin anew.
+                logging.getLogger("jaxlm.generate").exception("a step failed: rows begin anew")
                 self._cache, self._said = self._empty(), self._unsaid(0)
                 taken = [i for i, row in enumerate(self._rows) if row.request is not None]
                 for row in self._rows:
