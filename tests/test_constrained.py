@@ -116,3 +116,15 @@ def test_what_is_no_pattern_is_refused() -> None:
         constrained.grammar(json_schema={"type": "nonsense"})
     with pytest.raises(UserError, match="constraint: expected a regular expression or"):
         constrained.grammar()
+
+
+ONE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize("rules", [{"regex": "ab7"}, {"json_schema": ONE}])
+def test_what_the_tokens_cannot_spell_is_refused_in_one_line(rules) -> None:
+    """Neither cut short, as if it had come to its end, nor told with the library's state."""
+    params = small.sharded(Config(model=MODEL), small.params(Config(model=MODEL)))
+    given = small.words(), PROMPTS, 12, constrained.grammar(**rules), Sampling(0.0)
+    with pytest.raises(UserError, match=r"^constraint: the model's tokens cannot [^\n]*$"):
+        constrained.generate(MODEL, params, *given)

@@ -63,7 +63,7 @@ def generate(
 ) -> list[np.ndarray]:
     """As `decode.generate`, of answers that match `grammar`. They end where nothing more may come,
     or where the end of text may and is chosen; one of `max_new_tokens` may be the beginning of what
-    matches."""
+    matches. Raises UserError, too, where no token of the model's goes on towards what matches."""
     decode.check(config, prompts, max_new_tokens)
     sampling = draws.validate(sampling, config.vocab_size)
     if not prompts:
@@ -87,8 +87,8 @@ def generate(
         allowed_bv = _allowed(matchers, open_, rows, config.vocab_size)
         last_b, cache, said = step(begun, cache, np.int32(i), last_b, allowed_bv, *how, said)
         for j, token in zip(open_, np.asarray(last_b)[open_].tolist(), strict=True):
-            if not matchers[j].consume_token(token):
-                raise UserError(f"constraint: {matchers[j].get_error()}")
+            matchers[j].consume_token(token)
+            _check(matchers[j])
             if token != tokenizer.eos_id:
                 out[j].append(token)
     return [np.array(ids, np.int32) for ids in out]
@@ -105,10 +105,16 @@ def _library() -> Any:
 
 def _matchers(tokenizer: Tokenizer, vocab_size: int, grammar: str, n: int) -> list[Any]:
     words: Any = tokenizer  # hashed by identity
-    first = _library().LLMatcher(_known(words, vocab_size), grammar)
-    if first.is_error():
-        raise UserError(f"constraint: {first.get_error()}")
+    first = _library().LLMatcher(_known(words, vocab_size), grammar, log_level=0)
+    _check(first)
     return [first.deep_copy() for _ in range(n)]
+
+
+def _check(matcher: Any) -> None:
+    """Raises UserError where nothing may come next: an error looks like an end otherwise."""
+    if matcher.is_error():
+        why = matcher.get_error().splitlines()[0]
+        raise UserError(f"constraint: the model's tokens cannot go on towards what matches: {why}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -142,6 +148,7 @@ def _allowed(matchers: list[Any], rows: list[int], n: int, vocab_size: int) -> n
     bits = library.numpy.allocate_token_bitmask(n, vocab_size)
     for j in rows:
         library.numpy.fill_next_token_bitmask(matchers[j], bits, j)
+        _check(matchers[j])
     each = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
     return each[:, :vocab_size].astype(bool)
 
