@@ -9,25 +9,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import mesh
 from jaxlm.config import ModelConfig
 from jaxlm.data.chat import ChatTemplate
-from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.evaluate import likelihood
+from jaxlm.evaluate import likelihood, reading
+from jaxlm.evaluate.reading import Pooling
 from jaxlm.generate import constrained, decode, layout, watch, written
 from jaxlm.generate.sampling import Sampling
 from jaxlm.generate.speculative import Draft
 from jaxlm.generate.written import Continuation
-from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
 from jaxlm.schema import UserError, from_dict
 
-ROWS = 32  # texts at a time
-LOGITS = 1 << 27  # and of them at most so many float32 at a time
 MOST_INSPECTED = 128  # tokens
 
 
@@ -51,15 +46,6 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Pooling:
-    """How token states become one vector, as sentence-transformers' files say."""
-
-    first: bool = False  # the first token's state ([CLS]); else the mean over tokens
-    normalize: bool = False  # to length 1
-    max_tokens: int | None = None  # longer texts are cut, as they were in training
-
-
-@dataclass(frozen=True)
 class LanguageModel:
     """Tokenizer, config and params; what `jaxlm.from_pretrained` returns.
 
@@ -70,7 +56,7 @@ class LanguageModel:
     config: ModelConfig
     params: Params = field(repr=False)
     mesh: jax.sharding.Mesh = field(repr=False)
-    pooling: Pooling = Pooling()
+    pooling: Pooling = field(default_factory=Pooling)
     bos_id: int | None = None  # put before each text; our own runs saw none
     labels: tuple[str, ...] = ()  # what a classifier's outputs are called
     chat: ChatTemplate | None = None  # how it was taught to read conversations
@@ -83,7 +69,8 @@ class LanguageModel:
         self._check(list(ids), "token_ids")
         b, t = ids.shape
         with jax.set_mesh(self.mesh):
-            out = _logits(self.config, self.mesh)(self.params, *_placed(list(ids), self.mesh))
+            run = reading.logits(self.config, self.mesh)
+            out = run(self.params, *reading.placed(list(ids), self.mesh))
         return out[:b, :t]
 
     def generate(
@@ -261,8 +248,8 @@ class LanguageModel:
         """Of each row of token ids, from its place `starts` (at least 1) on: log p in nats, and
         whether each of these tokens was the likeliest."""
         out: list[tuple[float, bool]] = [(0.0, True)] * len(ids)
-        for rows, whole in _buckets([len(i) - 1 for i in ids], self.config.vocab_size):
-            batch = _scored([ids[i] for i in rows], [starts[i] for i in rows], whole)
+        for rows, whole in reading.buckets([len(i) - 1 for i in ids], self.config.vocab_size):
+            batch = reading.scored([ids[i] for i in rows], [starts[i] for i in rows], whole)
             with jax.set_mesh(self.mesh):
                 nats, greedy = likelihood.continuations(self.config, self.params, batch)
             for i, n, g in zip(rows, nats.tolist(), greedy.tolist(), strict=True):
@@ -276,10 +263,10 @@ class LanguageModel:
         ids = self.read(texts, self.pooling.max_tokens)
         self._check(ids, "texts")
         out = np.zeros((len(texts), self.config.d_model), np.float32)
-        for rows, _ in _buckets([len(i) for i in ids]):
+        for rows, _ in reading.buckets([len(i) for i in ids]):
             with jax.set_mesh(self.mesh):
-                run = _embedded(self.config, self.pooling, self.mesh)
-                vectors = run(self.params, *_placed([ids[i] for i in rows], self.mesh))
+                run = reading.embedded(self.config, self.pooling, self.mesh)
+                vectors = run(self.params, *reading.placed([ids[i] for i in rows], self.mesh))
             out[rows] = np.asarray(vectors)[: len(rows)]
         return out
 
@@ -294,10 +281,11 @@ class LanguageModel:
         each = self.config.pooling == "each"
         shape = (len(texts), max(map(len, ids)), self.config.n_classes)
         out = np.zeros(shape if each else (shape[0], shape[2]), np.float32)
-        for rows, _ in _buckets([len(i) for i in ids]):
+        for rows, _ in reading.buckets([len(i) for i in ids]):
             with jax.set_mesh(self.mesh):
-                run = _classified(self.config, self.mesh)
-                found = np.asarray(run(self.params, *_placed([ids[i] for i in rows], self.mesh)))
+                run = reading.classified(self.config, self.mesh)
+                given = reading.placed([ids[i] for i in rows], self.mesh)
+                found = np.asarray(run(self.params, *given))
             for i, logits in zip(rows, found, strict=False):  # rows may have been filled up
                 if each:
                     out[i, : len(ids[i])] = logits[: len(ids[i])]
@@ -324,8 +312,8 @@ class LanguageModel:
         if len(ids) > MOST_INSPECTED:
             raise UserError(f"prompt: {len(ids)} tokens; at most {MOST_INSPECTED} fit on a page")
         with jax.set_mesh(self.mesh):
-            run = _inspected(self.config, self.mesh)
-            maps, logits = run(self.params, *_placed([ids], self.mesh))
+            run = reading.inspected(self.config, self.mesh)
+            maps, logits = run(self.params, *reading.placed([ids], self.mesh))
         t, none = len(ids), np.zeros((0, 0))
         spelled = functools.partial(watch.token_text, self.tokenizer)
         share_tv = none if logits is None else np.asarray(jax.nn.softmax(logits[0, :t]))
@@ -350,99 +338,3 @@ class LanguageModel:
     def _check(self, ids: Sequence[np.ndarray], where: str) -> None:
         # asked are ids and positions only, and those of an encoder are a decoder's
         decode.check(replace(self.config, architecture="decoder"), ids, 1, where)
-
-
-def _buckets(lengths: Sequence[int], vocab: int = 1) -> list[tuple[list[int], int]]:
-    """Rows of about one length, as many as `ROWS` and `LOGITS` allow, and the power of two that
-    holds them."""
-    groups: dict[int, list[int]] = {}
-    for i, n in enumerate(lengths):
-        groups.setdefault(decode.slots(n), []).append(i)
-    found = []
-    for whole, rows in sorted(groups.items()):
-        n = min(ROWS, max(1, LOGITS // (whole * vocab)))
-        found += [(rows[i : i + n], whole) for i in range(0, len(rows), n)]
-    return found
-
-
-def _padded(ids: Sequence[np.ndarray], t: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments (0: padding), int32 [rows, t], padded on the right."""
-    tokens, segments = np.zeros((rows, t), np.int32), np.zeros((rows, t), np.int32)
-    for i, row in enumerate(ids):
-        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
-    return tokens, segments
-
-
-def _placed(ids: Sequence[np.ndarray], devices: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """Tokens and segments on the mesh, both sizes rounded up."""
-    parts = mesh.parts("batch")
-    rows = -(-len(ids) // parts) * parts
-    padded = _padded(ids, decode.slots(max(map(len, ids))), rows)
-    return mesh.put_batch(padded, devices)
-
-
-def _scored(ids: Sequence[np.ndarray], starts: Sequence[int], t: int) -> Batch:
-    """Each token from its row's start on as a target, weight 1."""
-    tokens, segments = _padded([i[:-1] for i in ids], t, len(ids))
-    targets, _ = _padded([i[1:] for i in ids], t, len(ids))
-    at = np.arange(t, dtype=np.int32)
-    weights = (at + 1 >= np.array(starts)[:, None]) & (segments > 0)
-    positions = np.broadcast_to(at, tokens.shape)
-    return Batch(tokens, targets, weights.astype(np.float32), segments, positions)
-
-
-@functools.lru_cache(maxsize=32)
-def _logits(config: ModelConfig, devices: Any) -> Any:
-    del devices  # part of the key: traced for the mesh that is set
-
-    def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> jax.Array:
-        return transformer.apply(config, params, tokens_bt, None, segments_bt)
-
-    return jax.jit(run)
-
-
-@functools.lru_cache(maxsize=32)
-def _embedded(config: ModelConfig, pooling: Pooling, devices: Any) -> Any:
-    del devices
-
-    def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> jax.Array:
-        at_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32), tokens_bt.shape)
-        x_btd = transformer.hidden(config, params, tokens_bt, at_bt, segments_bt)
-        x_btd = x_btd.astype(jnp.float32)
-        if pooling.first:
-            y_bd = x_btd[:, 0]
-        else:
-            kept_bt = (segments_bt > 0).astype(jnp.float32)
-            n_b1 = jnp.maximum(kept_bt.sum(1, keepdims=True), 1.0)
-            y_bd = jnp.einsum("btd,bt->bd", x_btd, kept_bt) / n_b1
-        if pooling.normalize:
-            y_bd = y_bd / jnp.maximum(jnp.linalg.norm(y_bd, axis=-1, keepdims=True), 1e-12)
-        return y_bd
-
-    return jax.jit(run)
-
-
-@functools.lru_cache(maxsize=32)
-def _classified(config: ModelConfig, devices: Any) -> Any:
-    del devices
-
-    def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> jax.Array:
-        at_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32), tokens_bt.shape)
-        x_btd = transformer.hidden(config, params, tokens_bt, at_bt, segments_bt)
-        return transformer.pooled(config, params, x_btd, segments_bt)
-
-    return jax.jit(run)
-
-
-@functools.lru_cache(maxsize=8)
-def _inspected(config: ModelConfig, devices: Any) -> Any:
-    del devices
-
-    def run(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> tuple[Any, Any]:
-        t = tokens_bt.shape[1]
-        where_bt = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), tokens_bt.shape)
-        x_btd, maps = transformer.attention_maps(config, params, tokens_bt, where_bt, segments_bt)
-        says = config.architecture == "decoder" or config.mlm_head
-        return maps, transformer.logits(config, params, x_btd) if says else None
-
-    return jax.jit(run)

@@ -12,8 +12,9 @@ import numpy as np
 from jaxlm import job, mesh
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data import chat, pretrained, tokenizer
+from jaxlm.evaluate.reading import Pooling
 from jaxlm.files import read_json
-from jaxlm.language_model import LanguageModel, Pooling
+from jaxlm.language_model import LanguageModel
 from jaxlm.model import transformer
 from jaxlm.model.hf import export as hf
 from jaxlm.model.hf import hub, load
