@@ -42,7 +42,7 @@ def table(rows):
     head = (
         "# Compiled for absent chips\n\n"
         "`JAXLM_WRITE_AOT=1 python -m pytest -m slow tests/test_aot_table.py` (configs:"
-        " `tests/aot_rows.py`), jax 0.10.2, libtpu 0.0.42.1, one core. bfloat16 with float32 state"
+        " `tests/aot_rows.py`), jax 0.10.2, libtpu 0.0.42.1, two cores. bfloat16 with float32 state"
         " and AdamW, full remat but for GPT-2. GiB of one device as its compiler laid them out;"
         " GB moved per step and device, by the whole array of each collective. Nothing here was"
         " run on a chip: MFU is a bound.\n\n"
