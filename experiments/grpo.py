@@ -29,6 +29,7 @@ from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, Train
 from jaxlm.data.examples import is_held_out
 from jaxlm.data.loader import Batch
 from jaxlm.language_model import LanguageModel
+from jaxlm.schema import JaxlmError
 from jaxlm.train.optimizer import hyper
 from jaxlm.train.step import program
 
@@ -122,4 +123,10 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("grpo: expected a folder, as in python experiments/grpo.py runs/grpo")
+    try:
+        main(sys.argv[1])
+    except JaxlmError as e:
+        print(f"grpo: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
