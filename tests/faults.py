@@ -1,14 +1,18 @@
-"""What tests of faults share: a disk that fills up, and children that are killed."""
+"""What tests of faults share: a full disk, children that are killed, and what must be the same."""
 
 import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from jaxlm.files import read_jsonl
+from jaxlm.train.checkpoint import read_manifest
 
 
 @contextlib.contextmanager
@@ -46,6 +50,27 @@ def words(folder: Path, files: int = 60) -> Path:
         text = " ".join(draw.choice(known) for _ in range(400))
         (folder / f"{i}.txt").write_text(f"{text} {i}.\n")
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    found = read_jsonl(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
+
+
+def assert_same(folder: Path, whole: Path, steps: int) -> tuple[dict, dict]:
+    """Rows and arrays bitwise: a manifest, of which both are given, holds a digest of every array's
+    values."""
+    assert rows(folder) == rows(whole) != []
+    ours, theirs = (read_manifest(f / "checkpoints" / str(steps)) for f in (folder, whole))
+    assert ours["arrays"] == theirs["arrays"] and len(ours["arrays"]) > 10
+    return ours, theirs
 
 
 # Compiles in half the time what computes the same up to rounding.

@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from faults import small_disk, start
+from faults import free_port, small_disk, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -567,9 +566,7 @@ HOSTS = """
 
 def on_hosts(n: int, folder, verb: str) -> list[str]:
     """The last line that each of n processes says."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     hosts = [start(HOSTS, n, i, port, folder, verb) for i in range(n)]
     outputs = [host.communicate(timeout=300) for host in hosts]
     assert all(host.returncode == 0 for host in hosts), outputs

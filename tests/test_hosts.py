@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import jax
 import pytest
 import small
 from conftest import FAST_COMPILES
-from faults import command, start, words
+from faults import command, free_port, rows, start, words
 
 from jaxlm import api, hosts
 from jaxlm.experiment import load
@@ -47,9 +46,7 @@ def experiment(folder, mesh=FSDP_TENSOR, steps=16, prompts=("the ",)):
 
 def processes(n, path, workdir, devices=4, **env):
     """`jaxlm train` as n processes that hold the devices together."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     compiles = os.environ.get("JAXLM_TESTS_XLA", FAST_COMPILES)
     flags = f"--xla_force_host_platform_device_count={devices // n} {compiles}"
     command = [sys.executable, "-m", "jaxlm", "train", f"--config={path}", f"--workdir={workdir}"]
@@ -67,12 +64,6 @@ def ended(children, code=0):
     outputs = [child.communicate(timeout=500) for child in children]
     assert [child.returncode for child in children] == [code] * len(children), outputs
     return outputs
-
-
-def rows(workdir):
-    """All that was logged, but the speed."""
-    found = read_jsonl(workdir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
 
 
 def same(a, b, exactly):
@@ -179,9 +170,7 @@ AGREE = """
 
 def agreeing(lead_s):
     """Exit codes, outputs and errors of two processes, of which the lead goes on for so long."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        at = f"localhost:{s.getsockname()[1]}"
+    at = f"localhost:{free_port()}"
     env = {hosts.COORDINATOR: at, hosts.PROCESSES: "2"}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     both = [start(AGREE, lead_s, env={**env, hosts.PROCESS: str(i)}) for i in range(2)]
@@ -246,9 +235,7 @@ def test_numbers_that_do_not_fit_are_told(environ, expected):
 
 def test_a_lead_that_cannot_be_reached_is_told(monkeypatch):
     monkeypatch.setattr(hosts, "JOIN_S", 1)
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        at = f"localhost:{s.getsockname()[1]}"
+    at = f"localhost:{free_port()}"
     given = {"JAXLM_COORDINATOR": at, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "1"}
     with pytest.raises(JaxlmError, match=f"^JAXLM_COORDINATOR: {at} could not be reached in 1 s"):
         hosts.join(environ=given)
@@ -256,9 +243,7 @@ def test_a_lead_that_cannot_be_reached_is_told(monkeypatch):
 
 def test_a_lead_that_waits_in_vain_says_so():
     code = "    from jaxlm import hosts; hosts.JOIN_S = 1; hosts.join()"
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        at = f"localhost:{s.getsockname()[1]}"
+    at = f"localhost:{free_port()}"
     child = start(code, env={hosts.COORDINATOR: at, hosts.PROCESSES: "2", hosts.PROCESS: "0"})
     _, err = child.communicate(timeout=200)
     assert child.returncode == 1, err

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import Sittings, command, start, words
+from faults import Sittings, assert_same, command, free_port, rows, start, words
 
 from jaxlm import launch
 from jaxlm.files import append_jsonl, read_jsonl
@@ -64,19 +64,6 @@ def whole(place, sittings):
     return place / "whole"
 
 
-def rows(folder):
-    """metrics.jsonl without what depends on the clock."""
-    found = read_jsonl(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
-
-
-def assert_same(folder, whole, steps=STEPS):
-    """Bitwise: a manifest holds a digest of every array's values."""
-    assert rows(folder) == rows(whole)
-    ours, theirs = (read_manifest(f / "checkpoints" / str(steps)) for f in (folder, whole))
-    assert ours["arrays"] == theirs["arrays"] and len(ours["arrays"]) > 10
-
-
 def log(folder, event=None):
     found = read_jsonl(folder / "supervisor.jsonl")
     return [row for row in found if event in (None, row["event"])]
@@ -121,7 +108,7 @@ def disturb_often(place, sittings, whole, folder, seed, events, heartbeat_s):
         said, row = disturb(folder, event, victim, step, delay)
         assert said in row["why"], row
     assert sittings.end() == 0, sittings.log.read_text()
-    assert_same(folder, whole)
+    assert_same(folder, whole, STEPS)
     assert len(log(folder, "fault")) == len(events)
     return [row["after_s"] for row in log(folder, "recovered")]
 
@@ -150,7 +137,7 @@ def test_twenty_random_faults_leave_the_undisturbed_run(place, sittings, whole, 
 def test_each_host_may_have_a_supervisor_of_its_own(place, whole, tmp_path):
     run, train = tmp_path / "run", supervised(place, tmp_path / "run")[3:]
     shutil.copytree(whole / "data", run / "data")
-    both, at = [], f"127.0.0.1:{supervisor._free_port()}"
+    both, at = [], f"127.0.0.1:{free_port()}"
     for i in range(2):
         env = {"JAXLM_COORDINATOR": at, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": str(i)}
         logged = f"--log={tmp_path / str(i)}/supervisor.jsonl"
@@ -160,7 +147,7 @@ def test_each_host_may_have_a_supervisor_of_its_own(place, whole, tmp_path):
     os.kill(log(tmp_path / str(victim), "start")[-1]["pids"][0], signal.SIGKILL)
     said = [parent.communicate(timeout=400) for parent in both]
     assert [parent.returncode for parent in both] == [0, 0], said
-    assert_same(run, whole)
+    assert_same(run, whole, STEPS)
     for i in range(2):
         print([row["why"] for row in log(tmp_path / str(i), "fault")])
         assert log(tmp_path / str(i), "fault")  # the other one's process could not go on
