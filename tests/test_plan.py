@@ -128,6 +128,9 @@ def test_a_price_list_is_read_and_named_with_the_plan(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             api.plan(TINY, topology=topology, prices=path, **more)
+    path.write_text(json.dumps({**listed, "usd_per_chip_hour": 3.5}))
+    with pytest.raises(UserError, match=r"usd_per_chip_hour: expected \{chip: USD\}, got 3.5"):
+        api.plan(TINY, topology="h100:4", prices=path)
     path.write_text(json.dumps({**listed, "date": ""}))
     with pytest.raises(UserError, match="expected 'date'"):
         api.plan(TINY, topology="h100:4", prices=path)

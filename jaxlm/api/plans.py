@@ -44,8 +44,6 @@ def plan(
     """
     from jaxlm.planning import steps
     from jaxlm.planning.target import without_tpus
-    from jaxlm.scaling.ladder import candidates
-    from jaxlm.scaling.sweep import plan_members
 
     without_tpus()
     experiment = located(experiment)
@@ -56,10 +54,7 @@ def plan(
     if prices:
         price, listed = _listed(prices, price, asked)
     body: dict[str, Any] = {"format": "jaxlm.plan/1", "name": experiment.name}
-    if isinstance(experiment, Sweep):
-        runs = [m.config for m in [*plan_members(experiment)[0], *candidates(experiment)[-1:]]]
-    else:
-        runs = [experiment]
+    runs = _runs(experiment)
     body["tokens"] = sum(c.tokens for c in runs)
     if search:
         best, body["search"] = _searched(runs, asked, mfu, price, say)
@@ -87,6 +82,16 @@ def plan(
     return body
 
 
+def _runs(experiment: Config | Sweep) -> list[Config]:
+    """A run alone; of a sweep the ladder and the largest candidate that may be held out."""
+    from jaxlm.scaling.ladder import candidates
+    from jaxlm.scaling.sweep import plan_members
+
+    if isinstance(experiment, Config):
+        return [experiment]
+    return [m.config for m in [*plan_members(experiment)[0], *candidates(experiment)[-1:]]]
+
+
 def _listed(
     path: str | Path, price: float | None, asked: Topology | None
 ) -> tuple[float, dict[str, Any]]:
@@ -98,8 +103,10 @@ def _listed(
         if not isinstance(found.get(name), str) or not found[name]:
             raise UserError(f"{path}: expected {name!r}: when these prices held, and where")
     rows, chip = found.get("usd_per_chip_hour"), asked.chip.name
-    if not isinstance(rows, dict) or chip not in rows:
-        raise UserError(f"{path}: usd_per_chip_hour has no {chip!r}; {hint(chip, rows or {})}")
+    if not isinstance(rows, dict):
+        raise UserError(f"{path}: usd_per_chip_hour: expected {{chip: USD}}, got {rows!r}")
+    if chip not in rows:
+        raise UserError(f"{path}: usd_per_chip_hour has no {chip!r}; {hint(chip, rows)}")
     usd = rows[chip]
     if isinstance(usd, bool) or not isinstance(usd, int | float) or not 0 <= usd < float("inf"):
         raise UserError(f"{path}: usd_per_chip_hour.{chip}: expected USD, got {usd!r}")
