@@ -49,14 +49,9 @@ def evaluate(
         raise UserError(f"--leaks: {source} is no run's folder: what it was trained on is unknown")
     read: dict[str, tuple[task.Task, list[task.Item]]] = {}
     for text in tasks:
-        name, _, path = text.partition("=")
-        found = task.load(name)
-        label = f"text/{Path(path).name}" if found.name == "text" else found.name
+        label, found, items = _read(text, limit, run_code)
         if label in read:
             raise UserError(f"--task: {label} is there twice")
-        if found.kind == "code" and not run_code:
-            raise UserError(f"task {label}: runs what the model writes; allow it by --run-code")
-        items = task.read(found, path, limit)
         read[label] = found, task.with_shots(found, items, shots, seed)
         say(f"{label}: {len(read[label][1]):,} items")
     model = from_pretrained(source)
@@ -79,6 +74,18 @@ def evaluate(
     if out is not None:
         write_json(Path(out) / "evaluation.json", result)
     return result
+
+
+def _read(text: str, limit: int, run_code: bool) -> tuple[str, Any, Any]:
+    """What a task 'NAME=PATH' is called, itself, and its items. Raises UserError."""
+    from jaxlm.tasks import task
+
+    name, _, path = text.partition("=")
+    found = task.load(name)
+    label = f"text/{Path(path).name}" if found.name == "text" else found.name
+    if found.kind == "code" and not run_code:
+        raise UserError(f"task {label}: runs what the model writes; allow it by --run-code")
+    return label, found, task.read(found, path, limit)
 
 
 def _leaked(label: str, items: Any, folder: Path, say: Say) -> Any:

@@ -16,7 +16,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.mixture import mixture as make
 from jaxlm.data.shuffle import indices
-from jaxlm.data.windows import Batch, Dataset, PairBatch, TaughtBatch, WordBatch
+from jaxlm.data.windows import AnyBatch, Batch, Dataset, WordBatch
 from jaxlm.schema import UserError
 
 __all__ = ["Batch", "Dataset", "check_epochs", "chunk", "chunks", "eval_batch", "indices"]
@@ -36,7 +36,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def windows(self, numbers: np.ndarray) -> Batch | WordBatch | TaughtBatch | PairBatch:
+    def windows(self, numbers: np.ndarray) -> AnyBatch:
         """The rows of these numbers (int, any shape), as [*shape, t]."""
 
 
@@ -48,7 +48,7 @@ def chunk(
     batch_size: int,
     rows: np.ndarray | None = None,
     mixture: Mixture | None = None,
-) -> Batch | WordBatch | TaughtBatch | PairBatch:
+) -> AnyBatch:
     """The next `steps` global batches of a run that has consumed `position` sequences.
 
     Leaves are [steps, batch_size, t]. With `rows` (int) only these rows of each global batch are
@@ -80,7 +80,7 @@ def chunks(
     steps_per_chunk: int = 1,
     rows: np.ndarray | None = None,
     mixture: Mixture | None = None,
-) -> Iterator[Batch | WordBatch | TaughtBatch]:
+) -> Iterator[AnyBatch]:
     """`chunk` after `chunk` for the next `steps` steps, read ahead in a thread of grain's.
 
     The last one is shorter if `steps` is no multiple of `steps_per_chunk`.
@@ -108,7 +108,7 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-self.steps // self.steps_per_chunk)
 
-    def __getitem__(self, i: int) -> Batch | WordBatch | TaughtBatch | PairBatch:
+    def __getitem__(self, i: int) -> AnyBatch:
         done = i * self.steps_per_chunk
         steps = min(self.steps_per_chunk, self.steps - done)
         position = self.position + done * self.batch_size

@@ -75,6 +75,9 @@ class PairBatch(NamedTuple):
     said_of: Any  # int32 [b, t]: the segment that each target belongs to
 
 
+AnyBatch = Batch | WordBatch | TaughtBatch | PairBatch
+
+
 @dataclass(frozen=True)
 class Segment:
     """Documents of one source in a row."""

@@ -80,11 +80,7 @@ def fit(
         },
         "levels": levels,
         "left_out": _left_out(table, data.group[~data.held], best, others),
-        "points": {
-            "names": [n for n, h in zip(data.name, data.held, strict=True) if not h],
-            "columns": {k: v.tolist() for k, v in table.columns.items()},
-            "target": table.target.tolist(),
-        },
+        "points": _points(table, data),
         "residuals": errors.tolist(),
         "draws": {k: intervals.thin(v) for k, v in draws.items() if k in table.fitted},
     }
@@ -92,6 +88,15 @@ def fit(
     result["held_out"] = _scored(whole.rows(data.held), data, result)
     result["at"] = predict(result, {k: np.array([v]) for k, v in at.items()})[0] if at else None
     return result
+
+
+def _points(table: Table, data: Columns) -> Json:
+    """The rows that were fitted, for plots."""
+    return {
+        "names": [n for n, h in zip(data.name, data.held, strict=True) if not h],
+        "columns": {k: v.tolist() for k, v in table.columns.items()},
+        "target": table.target.tolist(),
+    }
 
 
 def _head(table: Table, data: Columns, asked: Json) -> Json:
