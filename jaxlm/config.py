@@ -33,6 +33,7 @@ class OptimizerConfig:
     weight_decay: float = doc(0.1, "decoupled, on matrices only, times the learning rate")
     grad_clip: float = doc(1.0, "largest global gradient norm; 0: no clipping")
     muon_momentum: float = doc(0.95, "muon: momentum of the orthogonalised matrices")
+    offload: bool = doc(False, "its state lies in the host's memory between two updates")
 
 
 OBJECTIVES = {

@@ -109,6 +109,7 @@ _NOT_IDENTITY = {
     "": ("name", "mesh"),
     "model": ("remat", "scan_layers", "pipeline_repeats", "pipeline_microbatches"),
     "data": ("dir", "licence", "file_urls", "engine", "workers"),
+    "optimizer": ("offload",),
     "train": (
         "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "probes",
         "sample_prompts", "sample_tokens", "tasks", "task_items", "track", "profile", "xla_preset",

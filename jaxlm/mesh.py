@@ -25,6 +25,7 @@ STAGE, CONTEXT, EXPERT, TENSOR = "stage", "context", "expert", "tensor"
 
 # In the order of the devices, the slowest links first: `data` may cross slices.
 AXES = (DATA, STAGE, CONTEXT, FSDP, EXPERT, TENSOR)
+HOST_MEMORY = "pinned_host"  # of a device's memories, as jax calls it
 _EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 # Logical axis of an array → mesh axis. `d_model` of a parameter is cut by fsdp and gathered at use.
@@ -140,6 +141,7 @@ def make(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.M
     devices = jax.devices() if devices is None else list(devices)
     shape = sizes(config.mesh, len(devices))
     check_divides(config, dict(zip(AXES, shape, strict=True)))
+    _check_memory(config, devices[0])
     return jax.sharding.Mesh(grid(shape, devices), AXES, axis_types=_EXPLICIT)
 
 
@@ -234,6 +236,15 @@ def check_divides(config: Config, shape: dict[str, int]) -> None:
     _check_shards(t.deterministic_reduce, shape)
     if m.layer and shape["context"] > 1:
         raise UserError("config.mesh.context: expected 1 with an own layer (model.layer)")
+
+
+def _check_memory(config: Config, device: Any) -> None:
+    there = [memory.kind for memory in device.addressable_memories()]
+    if config.optimizer.offload and HOST_MEMORY not in there:
+        raise UserError(
+            f"config.optimizer.offload: expected False: {device.device_kind} has no memory"
+            f" {HOST_MEMORY!r}, but {', '.join(there)}"
+        )
 
 
 def _check_shards(shards: int, shape: dict[str, int]) -> None:

@@ -61,8 +61,9 @@ def line(name, plan):
         axes = " + ".join(c["axes"])
         moved[axes] = moved.get(axes, 0.0) + c["bytes"] / 1e9
     shown = ", ".join(f"{a} {gb:.3g}" for a, gb in moved.items() if gb > 0.01)
+    host = f" (+ {memory['host']:.2f} offloaded)" if memory and memory.get("host") else ""
     gib = (
-        f"{memory['arguments']:.2f} | {memory['temporaries']:.2f}"
+        f"{memory['arguments']:.2f}{host} | {memory['temporaries']:.2f}"
         f" | {memory['peak']:.2f} of {step['hbm_limit_gib']}"
         if memory
         else f"– | – | {step['refused']}"

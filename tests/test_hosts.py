@@ -26,30 +26,33 @@ def get_config():
     return Config(
         data=DataConfig(sources=({words!r},), eval_sequences=16, max_epochs=1e6),
         model=ModelConfig(d_model=16, n_layers=1, n_heads=2, seq_len=16),
-        train=TrainConfig(steps={steps}, global_batch_size=8, log_every=1, eval_every=8,
+        train=TrainConfig(steps={steps}, global_batch_size={rows}, log_every=1, eval_every=8,
                           checkpoint_every=8, keep_checkpoints=99, steps_per_dispatch=2,
-                          sample_prompts={prompts}, sample_tokens=4),
+                          sample_prompts={prompts}, sample_tokens=4,
+                          deterministic_reduce={shards}),
         mesh=MeshConfig({mesh}),
     )
 """
 FSDP_TENSOR, CONTEXT = "1, fsdp=2, tensor=2", "1, fsdp=2, context=2"
 
 
-def experiment(folder, mesh=FSDP_TENSOR, steps=16, prompts=("the ",)):
+def experiment(folder, mesh=FSDP_TENSOR, steps=16, prompts=("the ",), shards=0):
     text = folder / "text"
     path = folder / f"{abs(hash(mesh))}.py"
-    path.write_text(EXPERIMENT.format(words=str(text), mesh=mesh, steps=steps, prompts=prompts))
+    asked = {"words": str(text), "mesh": mesh, "steps": steps, "prompts": prompts}
+    path.write_text(EXPERIMENT.format(**asked, shards=shards, rows=shards or 8))
     if not text.exists():
         words(text, 12)
     return path
 
 
-def processes(n, path, workdir, devices=4, **env):
+def processes(n, path, workdir, devices=4, more=(), **env):
     """`jaxlm train` as n processes that hold the devices together."""
     port = free_port()
     compiles = os.environ.get("JAXLM_TESTS_XLA", FAST_COMPILES)
     flags = f"--xla_force_host_platform_device_count={devices // n} {compiles}"
     command = [sys.executable, "-m", "jaxlm", "train", f"--config={path}", f"--workdir={workdir}"]
+    command += more
     found = []
     for i in range(n):
         joined = {hosts.COORDINATOR: f"localhost:{port}", hosts.PROCESSES: n, hosts.PROCESS: i}
@@ -110,22 +113,43 @@ def test_one_two_and_four_processes_are_one_run(tmp_path, mesh):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_moves_from_four_processes_to_one_to_two(tmp_path):
-    path = experiment(tmp_path, steps=160)
-    ended(processes(1, path, tmp_path / "whole"))
-    folder, stops = tmp_path / "moved", []
-    for n, until in ((4, 8), (1, 64), (2, 160)):
-        children = processes(n, path, folder)
+def test_ordered_sums_have_the_same_bits_over_any_number_of_processes_and_devices(tmp_path):
+    path = experiment(tmp_path, "-1", prompts=(), shards=16)
+    for n, devices in ((1, 1), (2, 2), (4, 4), (2, 4), (2, 8)):
+        ended(processes(n, path, tmp_path / f"{n}-{devices}", devices))
+        same(rows(tmp_path / f"{n}-{devices}"), rows(tmp_path / "1-1"), exactly=True)
+
+
+OFFLOADED = ("--config.optimizer.offload=True",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh, shards, stages",  # processes, devices, flags
+    [
+        (FSDP_TENSOR, 0, [(4, 4, ()), (1, 4, ()), (2, 4, ())]),
+        (FSDP_TENSOR, 0, [(2, 4, OFFLOADED), (1, 4, OFFLOADED), (4, 4, ())]),
+        ("-1", 16, [(1, 1, ()), (4, 4, ()), (2, 2, OFFLOADED), (2, 8, ())]),
+    ],
+    ids=["processes", "offloaded", "devices"],
+)
+def test_a_checkpoint_moves_over_processes_and_devices(tmp_path, mesh, shards, stages):
+    """Ordered sums: to the bit, whatever it moved over."""
+    steps = 80 * len(stages)
+    path = experiment(tmp_path, mesh, steps, ("the ",) if not shards else (), shards)
+    ended(processes(1, path, tmp_path / "whole", 1 if shards else 4))
+    folder = tmp_path / "moved"
+    for i, (n, devices, more) in enumerate(stages, 1):
+        children, last = processes(n, path, folder, devices, more), i == len(stages)
         # Until it has evaluated: a signal amid compiling would not wait for that.
-        while until < 160 and (not rows(folder) or rows(folder)[-1]["step"] <= until):
+        while not last and (not rows(folder) or rows(folder)[-1]["step"] <= 60 * i):
             time.sleep(0.02)
-        if until < 160:
+        if not last:
             children[-1].send_signal(signal.SIGTERM)
-            stops.append(until)
-        ended(children, 143 if until < 160 else 0)
-    same(rows(folder), rows(tmp_path / "whole"), exactly=False)
+        ended(children, 0 if last else 143)
+    same(rows(folder), rows(tmp_path / "whole"), exactly=bool(shards))
     told = [row["step"] for row in read_jsonl(folder / "events.jsonl") if row["event"] == "stop"]
-    assert len(told) == 2 and all(a > b for a, b in zip(told, stops, strict=True))
+    assert len(told) == len(stages) - 1 and told == sorted(set(told))
     assert set(told) <= set(Checkpoints(folder / "checkpoints").steps())
 
 

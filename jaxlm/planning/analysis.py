@@ -66,6 +66,11 @@ def state_bytes(config: Config, shape: dict[str, int]) -> float:
     return 12 * weights(config, shape).stored
 
 
+def host_bytes(config: Config, shape: dict[str, int]) -> float:
+    """Of a device's `state_bytes`, what lies in the host's memory (`optimizer.offload`)."""
+    return 8 * weights(config, shape).stored if config.optimizer.offload else 0.0
+
+
 def temporaries_gib(config: Config, shape: dict[str, int]) -> float:
     """What lives within a step besides: gradients, what the backward pass keeps of the blocks, one
     block at work, and the logits with their gradient. How many copies of each there are was found

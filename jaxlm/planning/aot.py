@@ -23,11 +23,13 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Memory:
     """Of one device, in GiB, as the compiler laid it out: state and batch, what lives within the
-    step besides, and the most that is alive at once (which may be less than their sum)."""
+    step besides, and the most that is alive at once (which may be less than their sum). `host`: of
+    the state, what lies in the host's memory instead (`optimizer.offload`)."""
 
     arguments: float
     temporaries: float
     peak: float
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ def abstract_batch(config: Config, on: Any) -> Any:
 
 def _memory(made: Any) -> Memory:
     m = made.memory_analysis()
-    return Memory(
-        m.argument_size_in_bytes / GIB, m.temp_size_in_bytes / GIB, m.peak_memory_in_bytes / GIB
-    )
+    host = m.host_argument_size_in_bytes  # which the peak counts, too
+    sizes = (m.argument_size_in_bytes, m.temp_size_in_bytes, m.peak_memory_in_bytes - host, host)
+    return Memory(*(n / GIB for n in sizes))
 
 
 def _why(text: str) -> str:

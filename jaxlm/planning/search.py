@@ -119,6 +119,8 @@ def _changes(config: Config, topology: Topology) -> Iterator[tuple[str, Config]]
                                   tensor=shape["tensor"] * n)  # fmt: skip
         text = f"config.mesh.data={topology.slices}, fsdp=-1 and tensor={cut.tensor}"
         yield text, dataclasses.replace(config, mesh=cut)
+    offloaded = dataclasses.replace(config.optimizer, offload=True)
+    yield "config.optimizer.offload=True", dataclasses.replace(config, optimizer=offloaded)
 
 
 def memory_gib(config: Config, topology: Topology) -> float | None:
@@ -129,5 +131,5 @@ def memory_gib(config: Config, topology: Topology) -> float | None:
         mesh.check_divides(config, shape)
     except UserError:
         return None
-    arguments = analysis.state_bytes(config, shape) / analysis.GIB
-    return arguments + analysis.temporaries_gib(config, shape)
+    arguments = analysis.state_bytes(config, shape) - analysis.host_bytes(config, shape)
+    return arguments / analysis.GIB + analysis.temporaries_gib(config, shape)

@@ -106,9 +106,10 @@ def plan_step(
 
 def analysed(config: Config, on: Target) -> aot.Compiled:
     """What `aot.compiled` would say, reckoned."""
-    arguments = analysis.state_bytes(config, on.shape) / GIB
+    host = analysis.host_bytes(config, on.shape) / GIB
+    arguments = analysis.state_bytes(config, on.shape) / GIB - host
     temporaries = analysis.temporaries_gib(config, on.shape)
-    memory = Memory(arguments, temporaries, arguments + temporaries)
+    memory = Memory(arguments, temporaries, arguments + temporaries, host)
     limit = on.topology.chip.hbm_gib
     why = "" if memory.peak <= limit else f"about {memory.peak:.1f} GiB of {limit:g} GiB"
     return aot.Compiled(not why, 0.0, memory, analysis.collectives(config, on.shape), why)

@@ -38,6 +38,12 @@ def lines(plan: Json) -> list[str]:
     """What does not fit and what to change; warnings; wall time; tokens against what there are."""
     found = [f"{s['runs'][0]}: {x}" for s in plan["steps"] for x in (s["refused"], *s["advice"])
              if x]  # fmt: skip
+    found += [
+        f"{s['runs'][0]}: {m['host']:.2f} GiB of each device's optimizer state lie in its host's"
+        " memory; what moving them there and back takes is in no bound"
+        for s in plan["steps"]
+        if (m := s["memory_gib"]) and m["host"]
+    ]
     found += [f"lint: {warning}" for warning in plan.get("warnings", ())]
     if "wall" in plan:
         w = plan["wall"]

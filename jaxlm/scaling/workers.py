@@ -156,7 +156,8 @@ def on_cpu() -> bool:
 def _groups(sweep: Sweep, left: Sequence[Member]) -> list[list[Member]]:
     """Members of one shape and horizon together where a population is wanted, else one by one."""
     cpu = on_cpu() if sweep.engine == "local" else set(dict(sweep.resources)) <= {"CPU"}
-    if sweep.population == "off" or (sweep.population == "auto" and cpu):
+    alone = sweep.base.optimizer.offload  # slices of what lies in a host's memory would be compiled
+    if alone or sweep.population == "off" or (sweep.population == "auto" and cpu):
         return [[m] for m in left]
     from jaxlm.train.step import static
 

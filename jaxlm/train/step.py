@@ -20,7 +20,7 @@ from jax import P
 from jaxlm import xla
 from jaxlm.config import Config, DataConfig, TuneConfig
 from jaxlm.data.loader import Batch
-from jaxlm.mesh import device_kind, spec
+from jaxlm.mesh import HOST_MEMORY, device_kind, spec
 from jaxlm.model.transformer import Params
 from jaxlm.pyfile import is_reference, resolve
 from jaxlm.train import example_losses, losses, optimizer, ordered, parameters
@@ -36,6 +36,7 @@ class State(NamedTuple):
 
 
 Metrics = dict[str, jax.Array]
+Space = jax.memory.Space
 
 
 def static(config: Config) -> Config:
@@ -90,7 +91,7 @@ def init_state(config: Config, hyper: Hyper) -> State:
     """Fresh parameters and optimizer state on the current mesh."""
     params = parameters.init(config, jax.random.key(hyper.seed))
     opt_state = optimizer.transform(config, 0.0, 0.0).init(params)
-    return State(params, opt_state, jnp.zeros((), jnp.int32))
+    return State(params, _moved(config, opt_state, Space.Host), jnp.zeros((), jnp.int32))
 
 
 def train_step(config: Config, hyper: Hyper, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -106,7 +107,9 @@ def train_step(config: Config, hyper: Hyper, state: State, batch: Batch) -> tupl
     update: Callable[..., Any] = functools.partial(_update, config)
     if config.train.deterministic_reduce:
         update = ordered.alone(update, state.step >= 0)
-    params, opt_state, norm = update(grads, state.opt_state, state.params, hyper.weight_decay, rate)
+    opt_state = _moved(config, state.opt_state, Space.Device)
+    params, opt_state, norm = update(grads, opt_state, state.params, hyper.weight_decay, rate)
+    opt_state = _moved(config, opt_state, Space.Host)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": norm,
@@ -123,6 +126,13 @@ def _update(
     tx = optimizer.transform(config, decay, rate)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+
+
+def _moved(config: Config, opt_state: Any, space: Any) -> Any:
+    """Where `optimizer.offload` asks for it: its arrays, but for counters, in that memory."""
+    if not config.optimizer.offload:
+        return opt_state
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)
 
 
 def _weight(config: Config, batch: Batch | Example) -> jax.Array:
@@ -213,8 +223,15 @@ def abstract_state(config: Config, hyper: Hyper) -> State:
     mesh = jax.sharding.get_mesh()
     abstract = jax.eval_shape(program(config).init, hyper)
 
-    def with_sharding(x: Any) -> jax.ShapeDtypeStruct:
+    def with_sharding(x: Any, memory: str | None = None) -> jax.ShapeDtypeStruct:
         partition = x.sharding.spec if getattr(x, "sharding", None) is not None else P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, partition))
+        layout = jax.NamedSharding(mesh, partition, memory_kind=memory)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
-    return jax.tree.map(with_sharding, abstract)
+    def on_host(x: Any) -> jax.ShapeDtypeStruct:
+        return with_sharding(x, HOST_MEMORY if x.ndim else None)
+
+    state: State = jax.tree.map(with_sharding, abstract)
+    if config.optimizer.offload:
+        state = state._replace(opt_state=jax.tree.map(on_host, abstract.opt_state))
+    return state
