@@ -273,6 +273,7 @@ NOT_IDENTITY = {
     "train.log_every", "train.eval_every", "train.checkpoint_every", "train.xla_preset",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.expert", "mesh.stage",
     "model.remat", "model.scan_layers", "model.pipeline_repeats", "model.pipeline_microbatches",
+    "optimizer.offload",
     "train.keep_checkpoints", "train.probes", "train.sample_prompts", "train.sample_tokens",
     "train.tasks", "train.task_items", "train.track", "train.profile",
     "tune.start", "tune.examples",  # what they hold counts, as part of the data

@@ -46,7 +46,8 @@ def test_a_run_offloads_and_takes_its_state_back_and_is_the_run_it_was(tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("how", [
-    {}, {"name": "muon"}, {"steps_per_dispatch": 1}, {"accumulation_steps": 2, "global_batch_size": 8},
+    {}, {"name": "muon"}, {"steps_per_dispatch": 1},
+    {"accumulation_steps": 2, "global_batch_size": 8},
 ])  # fmt: skip
 def test_the_state_lies_with_the_host_between_updates(axes, how):
     found = []
