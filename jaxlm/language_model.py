@@ -177,14 +177,13 @@ class LanguageModel:
         """`params` as steps of one row read them: made, and then kept beside them, when one prompt
         is first continued alone."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(functools.partial(layout.laid_out, self.config))(self.params)
+            return layout.laid_out(self.config, self.params)
 
     def in_8_bits(self) -> LanguageModel:
         """With the matrices of its layers as whole numbers of 8 bits and a scale for each output;
         embeddings, norms and experts stay as they are. To be used, not trained or exported."""
         with jax.set_mesh(self.mesh):
-            run = jax.jit(functools.partial(layout.laid_out, self.config, bits=8))
-            return replace(self, params=run(self.params))
+            return replace(self, params=layout.laid_out(self.config, self.params, bits=8))
 
     def _checked(self, draft: LanguageModel) -> Draft:
         if draft.tokenizer.fingerprint != self.tokenizer.fingerprint:

@@ -1,7 +1,6 @@
 """Matrices as decoding reads them, in 32 and 8 bits, against numpy."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +89,6 @@ def test_eight_devices_say_what_one_says(bits: int) -> None:
     for on in (mesh.make(Config(model=MODEL), jax.devices()[:1]), mesh.make(config)):
         with jax.set_mesh(on):
             params = small.sharded(config, small.params(config))
-            laid = jax.jit(functools.partial(layout.laid_out, MODEL, bits=bits))(params)
+            laid = layout.laid_out(MODEL, params, bits=bits)
             found.append(decode.generate(MODEL, laid, [ids], 8, None, Sampling(0.0))[0])
     np.testing.assert_array_equal(found[0], found[1])

@@ -19,7 +19,7 @@ import numpy as np
 from jax import P
 
 from jaxlm.config import ModelConfig
-from jaxlm.generate import decode
+from jaxlm.generate import decode, layout
 from jaxlm.generate.decode import Prompts
 from jaxlm.mesh import spec
 from jaxlm.model.transformer import Params
@@ -72,7 +72,8 @@ def _searcher(config: ModelConfig, new: int, n: int, devices: Any) -> Any:
     del devices  # part of the key: traced for the mesh that is set
 
     def run(params: Params, prompts: Prompts, limit: Any, eos_id: Any, penalty: Any) -> jax.Array:
-        begun = decode.begin(config, params, prompts, new)
+        laid = layout.laid_out(config, params, rows=n * len(prompts.lengths_b))
+        begun = decode.begin(config, laid, prompts, new)
         first = jax.tree.map(lambda a: _repeated(a, n), (begun.lengths_b, begun.last_b))
         again = [jax.tree.map(lambda a: _repeated(a, n), x) for x in (begun.cache, begun.memory)]
         begun = begun._replace(
@@ -87,7 +88,7 @@ def _searcher(config: ModelConfig, new: int, n: int, devices: Any) -> Any:
 
         def step(carry: Any) -> Any:
             i, last_b, cache, beams = carry
-            logits_bv, cache = begun.logits(config, i, last_b, cache)
+            logits_bv, cache = begun.logits(config, laid, i, last_b, cache)
             beams, parents_bn = advanced(beams, logits_bv, i, limit, eos_id, penalty)
             last_b = beams.tokens_bnt[:, :, i].reshape(-1, out_sharding=spec(("batch",)))
             return i + 1, last_b, _taken(cache, parents_bn), beams

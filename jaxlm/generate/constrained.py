@@ -21,7 +21,7 @@ from jax import P
 from jaxlm import mesh
 from jaxlm.config import ModelConfig
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.generate import decode
+from jaxlm.generate import decode, layout
 from jaxlm.generate import sampling as draws
 from jaxlm.generate.decode import Begun, Prompts
 from jaxlm.generate.sampling import Knobs, Method, Said, Sampling
@@ -75,7 +75,8 @@ def generate(
     alike = [sampling] * rows
     said = draws.said(method, given, alike, config.vocab_size)
     how = draws.streams(given, sampling.seed), draws.knobs(alike, config.vocab_size)
-    begun = _starter(config, decode.slots(max_new_tokens), devices)(params, placed)
+    laid = layout.laid_out(config, params, rows=rows)
+    begun = _starter(config, decode.slots(max_new_tokens), devices)(laid, placed)
     matchers = _matchers(tokenizer, config.vocab_size, grammar, len(prompts))
     out: list[list[int]] = [[] for _ in prompts]
     cache, last_b, step = begun.cache, begun.last_b, _stepper(config, method, devices)
@@ -85,7 +86,7 @@ def generate(
         if not open_:
             break
         allowed_bv = _allowed(matchers, open_, rows, config.vocab_size)
-        last_b, cache, said = step(begun, cache, np.int32(i), last_b, allowed_bv, *how, said)
+        last_b, cache, said = step(laid, begun, cache, np.int32(i), last_b, allowed_bv, *how, said)
         for j, token in zip(open_, np.asarray(last_b)[open_].tolist(), strict=True):
             matchers[j].consume_token(token)
             _check(matchers[j])
@@ -157,26 +158,26 @@ def _allowed(matchers: list[Any], rows: list[int], n: int, vocab_size: int) -> n
 def _starter(config: ModelConfig, new: int, devices: Any) -> Any:
     del devices  # part of the key: traced for the mesh that is set
 
-    def start(params: Params, prompts: Prompts) -> Begun:
-        return decode.begin(config, params, prompts, new)
+    def start(laid: Params, prompts: Prompts) -> Begun:
+        return decode.begin(config, laid, prompts, new)
 
     return jax.jit(start)
 
 
 @functools.lru_cache(maxsize=16)
 def _stepper(config: ModelConfig, method: Method, devices: Any) -> Any:
-    """Jitted (begun, cache, i, last_b, allowed_bv, streams_b2, knobs, said) → the next tokens [b],
-    and cache and said with them."""
+    """Jitted (laid, begun, cache, i, last_b, allowed_bv, streams_b2, knobs, said) → the next tokens
+    [b], and cache and said with them."""
     del devices
 
     def step(
-        begun: Begun, cache: Any, i: Any, last_b: Any, allowed_bv: Any, streams_b2: Any,
-        knobs: Knobs, said: Said,
+        laid: Params, begun: Begun, cache: Any, i: Any, last_b: Any, allowed_bv: Any,
+        streams_b2: Any, knobs: Knobs, said: Said,
     ) -> tuple[jax.Array, Any, Said]:  # fmt: skip
-        logits_bv, cache = begun.logits(config, i, last_b, cache)
+        logits_bv, cache = begun.logits(config, laid, i, last_b, cache)
         logits_bv = jnp.where(allowed_bv, jax.reshard(logits_bv, P()), -jnp.inf)
         at_b = jax.reshard(begun.lengths_b - 1 + i, P())
         next_b = draws.choose(method, logits_bv, streams_b2, at_b, knobs, said)
         return jax.reshard(next_b, mesh.spec(("batch",))), cache, draws.noted(said, next_b)
 
-    return jax.jit(step, donate_argnums=(1,))
+    return jax.jit(step, donate_argnums=(2,))

@@ -90,13 +90,16 @@ def answers(
         return []
     method, devices = draws.method([sampling]), jax.sharding.get_mesh()
     streams_b2, knobs, said = _choice(config, prompts, sampling, method)
-    begun, running = _starter(config, slots(max_new_tokens), devices)(params, place(prompts), said)
-    go_on, n = _decoder(config, method, devices), len(prompts)
+    placed, n = place(prompts), len(prompts)
+    laid = layout.laid_out(config, params, rows=len(placed.lengths_b))
+    begun, running = _starter(config, slots(max_new_tokens), devices)(laid, placed, said)
+    go_on = _decoder(config, method, devices)
     end = np.int32(_NONE if eos_id is None else eos_id)
     piece = max_new_tokens if enough is None else PIECE
     for until in range(piece, max_new_tokens + piece, piece):
         limit = min(until, max_new_tokens)
-        running, found = go_on(begun, running, streams_b2, knobs, np.int32(limit), end)
+        given = streams_b2, knobs, np.int32(limit), end
+        running, found = go_on(laid, begun, running, *given)
         out_bn = np.asarray(found[0])[:, :limit]
         ids = [row[: np.argmax(row == _NONE)] if _NONE in row else row for row in out_bn]
         if enough is None or limit == max_new_tokens:
@@ -174,11 +177,11 @@ class Running(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _starter(config: ModelConfig, new: int, devices: Any) -> Any:
-    """Jitted (params, prompts, said) → what stays the same, and the batch before its first step."""
+    """Jitted (laid, prompts, said) → what stays the same, and the batch before its first step."""
     del devices  # part of the key: traced for the mesh that is set
 
-    def start(params: Params, prompts: Prompts, said: Said) -> tuple[Begun, Running]:
-        begun, shape = begin(config, params, prompts, new), (prompts.lengths_b.shape[0], new)
+    def start(laid: Params, prompts: Prompts, said: Said) -> tuple[Begun, Running]:
+        begun, shape = begin(config, laid, prompts, new), (prompts.lengths_b.shape[0], new)
         out_bn = jnp.full(shape, _NONE, jnp.int32, out_sharding=spec(("batch", None)))
         log_probs_bn = jnp.zeros(shape, jnp.float32, out_sharding=spec(("batch", None)))
         rows = begun.last_b, begun.lengths_b == 0, out_bn, log_probs_bn
@@ -189,19 +192,20 @@ def _starter(config: ModelConfig, new: int, devices: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _decoder(config: ModelConfig, method: Method, devices: Any) -> Any:
-    """Jitted (begun, running, streams_b2, knobs, limit, eos_id) → running after `limit` steps, or
-    when all are done; its tokens and their log-probabilities, on every host."""
+    """Jitted (laid, begun, running, streams_b2, knobs, limit, eos_id) → running after `limit`
+    steps, or when all are done; its tokens and their log-probabilities, on every host."""
     del devices
 
     def decode(
-        begun: Begun, running: Running, streams_b2: Any, knobs: Knobs, limit: Any, eos_id: Any
-    ) -> tuple[Running, list[jax.Array]]:
+        laid: Params, begun: Begun, running: Running, streams_b2: Any, knobs: Knobs, limit: Any,
+        eos_id: Any,
+    ) -> tuple[Running, list[jax.Array]]:  # fmt: skip
         def unfinished(running: Running) -> jax.Array:
             return (running.i < limit) & ~jnp.all(running.done_b)
 
         def step(running: Running) -> Running:
             i, last_b, done_b, out_bn, log_probs_bn, cache, said = running
-            logits_bv, cache = begun.logits(config, i, last_b, cache)
+            logits_bv, cache = begun.logits(config, laid, i, last_b, cache)
             at_b = begun.lengths_b - 1 + i
             last_b = draws.choose(method, logits_bv, streams_b2, at_b, knobs, said)
             done_b = done_b | (last_b == eos_id)
@@ -216,7 +220,7 @@ def _decoder(config: ModelConfig, method: Method, devices: Any) -> Any:
         found = running.out_bn, running.log_probs_bn
         return running, [jax.reshard(a, P(None, None)) for a in found]
 
-    return jax.jit(decode, donate_argnums=(1,))
+    return jax.jit(decode, donate_argnums=(2,))
 
 
 class Begun(NamedTuple):
@@ -226,7 +230,6 @@ class Begun(NamedTuple):
     slot: so every step is alike, and the program holds one of each computation.
     """
 
-    laid: Params  # `layout.laid_out`
     memory: Memory | None  # each layer's apart
     cache: tuple[Cache, ...]  # each layer's, [b, t + new, g, k]
     segments_bs: jax.Array
@@ -235,28 +238,26 @@ class Begun(NamedTuple):
     first: Any  # slot of that
 
     def logits(
-        self, config: ModelConfig, i: jax.Array, last_b: jax.Array, cache: tuple[Cache, ...]
+        self, config: ModelConfig, laid: Params, i: jax.Array, last_b: jax.Array, cache: Any
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """What follows `last_b` in step i, float32 [b, v], and the cache with it."""
         ones_b1 = jnp.ones_like(last_b)[:, None]
         at_b1 = (self.lengths_b - 1 + i)[:, None]
         x_btd, cache = transformer.hidden_cached(
-            config, self.laid, last_b[:, None], at_b1, ones_b1, self.segments_bs, self.first + i,
+            config, laid, last_b[:, None], at_b1, ones_b1, self.segments_bs, self.first + i,
             cache, self.memory,
         )  # fmt: skip
-        return last_logits(config, self.laid, x_btd), cache
+        return last_logits(config, laid, x_btd), cache
 
 
-def begin(config: ModelConfig, params: Params, prompts: Prompts, new: int) -> Begun:
-    """Reads the prompts, and makes room for `new` tokens."""
-    prompts, memory = _start(config, params, prompts)
+def begin(config: ModelConfig, laid: Params, prompts: Prompts, new: int) -> Begun:
+    """Reads the prompts with weights that `layout` has laid out, and makes room for `new` tokens.
+    The weights are no part of it: a program that handed them on would copy them."""
+    prompts, memory = _start(config, laid, prompts)
     tokens_bt = prompts.tokens_bt
-    cache, segments_bt = _prefill(config, params, prompts, memory, new)
+    cache, segments_bt = _prefill(config, laid, prompts, memory, new)
     ones_bn = jnp.ones((tokens_bt.shape[0], new), jnp.int32, out_sharding=spec(("batch", None)))
-    if memory is not None:
-        memory = memory._replace(keys=tuple(memory.keys), values=tuple(memory.values))
     return Begun(
-        layout.laid_out(config, params, rows=tokens_bt.shape[0]),
         memory,
         cache,
         jnp.concatenate([segments_bt, ones_bn], axis=1),
@@ -278,24 +279,21 @@ def _start(config: ModelConfig, params: Params, prompts: Prompts) -> tuple[Promp
 
 
 def _prefill(
-    config: ModelConfig, params: Params, prompts: Prompts, memory: Memory | None, new: int
+    config: ModelConfig, laid: Params, prompts: Prompts, memory: Memory | None, new: int
 ) -> tuple[tuple[Cache, ...], jax.Array]:
     """Each layer's keys and values of the prompts, [b, t + new, g, k]; their segments [b, t]."""
     tokens_bt = prompts.tokens_bt
     positions_bt, segments_bt = _left_padded(prompts)
-    shape = (config.n_layers, *tokens_bt.shape, config.kv_heads, config.head_dim)
-    sharding = spec(("layers", "batch", "seq", "kv_heads", "d_head"))
+    shape = (*tokens_bt.shape, config.kv_heads, config.head_dim)
+    sharding = spec(("batch", "seq", "kv_heads", "d_head"))
     empty = jnp.zeros(shape, transformer.compute_dtype(config), out_sharding=sharding)
-    apart = isinstance(params["layers"], tuple)
-    begin: Any = [(empty[i], empty[i]) for i in range(len(empty))] if apart else (empty, empty)
     # As many slots as queries: attention then skips the upper triangle. Room comes afterwards.
     _, cache = transformer.hidden_cached(
-        config, params, tokens_bt, positions_bt, segments_bt, segments_bt, 0, begin, memory,
-        _prefix(config, segments_bt),
+        config, laid, tokens_bt, positions_bt, segments_bt, segments_bt, 0,
+        [(empty, empty)] * config.n_layers, memory, _prefix(config, segments_bt),
     )  # fmt: skip
-    each = cache if apart else tuple(zip(*cache, strict=True))
     room = [(0, 0), (0, new), (0, 0), (0, 0)]
-    return jax.tree.map(lambda a: jnp.pad(a, room), each), segments_bt
+    return jax.tree.map(lambda a: jnp.pad(a, room), cache), segments_bt
 
 
 @functools.lru_cache(maxsize=64)

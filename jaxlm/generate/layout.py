@@ -8,6 +8,7 @@ then reads its matrix from beginning to end; of more rows than one it is faster 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,10 +21,14 @@ from jaxlm.model.transformer import Declared, Params
 
 def laid_out(config: ModelConfig, params: Params, rows: int = 1, bits: int = 32) -> Params:
     """`params` with "layers" a tuple of trees, for batches of so many rows, in 32 bits or 8; as
-    they are where they have been laid out already. What the decoder of an encoder–decoder does not
-    use (its encoder) stays as it is."""
+    they are where they have been laid out already. All but the layers are the same arrays."""
     if isinstance(params["layers"], tuple):
         return params
+    return {**params, "layers": _apart(config, rows == 1, bits, params["layers"])}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _apart(config: ModelConfig, one_row: bool, bits: int, layers: Params) -> tuple[Params, ...]:
     table = transformer.table(config)["layers"]
 
     def one(row: Declared, w: jax.Array) -> Any:
@@ -34,7 +39,7 @@ def laid_out(config: ModelConfig, params: Params, rows: int = 1, bits: int = 32)
         return turned(w, axes, bits)
 
     def layer(i: int) -> Params:
-        own = jax.tree.map(lambda w: w[i], params["layers"])
-        return jax.tree.map(one, table, own) if rows == 1 or bits < 32 else own
+        own = jax.tree.map(lambda w: w[i], layers)
+        return jax.tree.map(one, table, own) if one_row or bits < 32 else own
 
-    return {**params, "layers": tuple(layer(i) for i in range(config.n_layers))}
+    return tuple(layer(i) for i in range(config.n_layers))

@@ -96,7 +96,7 @@ class Slots:
         self.mesh = mesh.of_one_copy(jax.sharding.get_mesh())
         with jax.set_mesh(self.mesh):
             here = transformer.relaid(config, params)
-            self._laid = jax.jit(functools.partial(layout.laid_out, config, rows=self.n))(here)
+            self._laid = layout.laid_out(config, here, rows=self.n)
             self._cache = self._empty()
         self._rows = [_Row() for _ in range(n)]
         self._said = self._unsaid(0)  # until a request has penalties or a bias

@@ -20,7 +20,7 @@ from jax import P
 
 from jaxlm import mesh
 from jaxlm.config import ModelConfig
-from jaxlm.generate import decode
+from jaxlm.generate import decode, layout
 from jaxlm.generate import sampling as draws
 from jaxlm.generate.decode import Begun, Prompts
 from jaxlm.generate.sampling import Knobs, Method, Sampling
@@ -104,8 +104,10 @@ def _speculator(
         limit: Any, eos_id: Any,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         room = new + width + 1
-        model = decode.begin(config, params, prompts, room)
-        draft = decode.begin(small, draft_params, prompts, room)
+        laid = layout.laid_out(config, params)
+        small_laid = layout.laid_out(small, draft_params)
+        model = decode.begin(config, laid, prompts, room)
+        draft = decode.begin(small, small_laid, prompts, room)
         shares = jax.vmap(lambda logits_v: draws.shares(method, logits_v, knobs))
 
         def unfinished(carry: Any) -> jax.Array:
@@ -114,7 +116,7 @@ def _speculator(
 
         def propose(carry: Any, key: jax.Array) -> Any:
             at, token, cache = carry
-            logits_tv, cache = _read(small, draft, at, token[None], cache)
+            logits_tv, cache = _read(small, small_laid, draft, at, token[None], cache)
             [q_v] = shares(logits_tv)
             token = draws.drawn(key, q_v)
             return (at + 1, token, cache), (token, q_v)
@@ -125,7 +127,7 @@ def _speculator(
             begin: Any = n, last, draft_cache
             (*_, draft_cache), (x_t, q_tv) = jax.lax.scan(propose, begin, keys[:, 0])
             fed_t = jnp.concatenate([last[None], x_t[:width]])
-            logits_tv, cache = _read(config, model, n, fed_t, cache)
+            logits_tv, cache = _read(config, laid, model, n, fed_t, cache)
             said_t, k = verified(shares(logits_tv), q_tv[:width], x_t[:width], keys[:, 1:])
             said = jnp.arange(width + 1) <= k
             ids_n = jax.lax.dynamic_update_slice(ids_n, jnp.where(said, said_t, _NONE), (n,))
@@ -167,17 +169,17 @@ def _keys(stream_2: jax.Array, position: jax.Array, t: int) -> jax.Array:
 
 
 def _read(
-    config: ModelConfig, begun: Begun, n: jax.Array, tokens_t: jax.Array, cache: Any
+    config: ModelConfig, laid: Params, begun: Begun, n: jax.Array, tokens_t: jax.Array, cache: Any
 ) -> tuple[jax.Array, Any]:
     """What follows each of t tokens, the first of which is fed in step n: float32 [t, v]."""
     at_bt = (begun.lengths_b - 1 + n)[:, None] + jnp.arange(len(tokens_t))
     if config.positions == "learned":  # behind the last one is nothing that is kept
         at_bt = jnp.minimum(at_bt, config.seq_len - 1)
     x_btd, cache = transformer.hidden_cached(
-        config, begun.laid, tokens_t[None], at_bt, jnp.ones_like(at_bt), begun.segments_bs,
+        config, laid, tokens_t[None], at_bt, jnp.ones_like(at_bt), begun.segments_bs,
         begun.first + n, cache,
     )  # fmt: skip
-    return jax.reshard(transformer.logits(config, begun.laid, x_btd), P())[0], cache
+    return jax.reshard(transformer.logits(config, laid, x_btd), P())[0], cache
 
 
 def _first(x_b: jax.Array) -> jax.Array:

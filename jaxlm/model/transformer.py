@@ -211,7 +211,7 @@ def hidden_cached(
         config, params, tokens_bt, positions_bt, segments_bt, segments_bs, offset, cache,
         memory=memory, prefix_bt=prefix_bt, rows_b=rows_b,
     )  # fmt: skip
-    if cache_out is None:
+    if not jax.tree.leaves(cache_out):
         raise UserError(f"config.model.layer: {config.layer} returns no cache, so cannot generate")
     return x_btd, cache_out
 
