@@ -54,7 +54,7 @@ def of_jaxlm(folder: Path, bits: int = 32) -> tuple[Generate, Sum]:
     config = checkpoint.config
     jax.set_mesh(mesh.make(Config(model=config), jax.devices()[:1]))
     params = load.load(checkpoint)
-    alone = jax.jit(functools.partial(layout.laid_out, config, bits=bits))(params)
+    alone = layout.laid_out(config, params, bits=bits)
     params = params if bits == 32 else alone  # as LanguageModel does
 
     def generate(prompts: np.ndarray, new: int) -> Any:
@@ -88,17 +88,40 @@ def of_transformers(folder: Path) -> tuple[Generate, Sum]:
 
 
 def of_llama_cpp(folder: Path) -> tuple[Generate, Sum]:
-    import llama_cpp
+    """By its C interface: that of Python continues one prompt at a time."""
+    import llama_cpp as c
 
-    model = llama_cpp.Llama(
-        str(folder / "model.gguf"), n_ctx=256, n_threads=CORES, n_threads_batch=CORES,
-        verbose=False,
-    )  # fmt: skip
+    c.llama_backend_init()
+    rows, slots, model_options = BATCH, 256, c.llama_model_default_params()
+    model = c.llama_model_load_from_file(str(folder / "model.gguf").encode(), model_options)
+    options = c.llama_context_default_params()
+    options.n_ctx, options.n_seq_max = rows * slots, rows
+    options.n_batch = options.n_ubatch = rows * PROMPT
+    options.n_threads = options.n_threads_batch = CORES
+    options.type_k = options.type_v = c.GGML_TYPE_F32
+    options.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to 16 bits within
+    context = c.llama_init_from_model(model, options)
+    vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
+    batch = c.llama_batch_init(rows * PROMPT, 0, 1)
+
+    def fed(ids_bt: np.ndarray, at: int) -> np.ndarray:
+        """The likeliest token after each row's last, int32 [b, 1]."""
+        b, t = ids_bt.shape
+        batch.n_tokens = b * t
+        for i, token in enumerate(ids_bt.ravel().tolist()):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, at + i % t, i % t == t - 1
+            batch.seq_id[i][0], batch.n_seq_id[i] = i // t, 1
+        if c.llama_decode(context, batch):
+            sys.exit("llama.cpp: llama_decode failed")
+        last = (c.llama_get_logits_ith(context, (i + 1) * t - 1) for i in range(b))
+        return np.array([[np.ctypeslib.as_array(p, (vocab,)).argmax()] for p in last], np.int32)
 
     def generate(prompts: np.ndarray, new: int) -> Any:
-        model.reset()
-        tokens = model.generate(prompts[0].tolist(), top_k=1, temp=0.0, repeat_penalty=1.0)
-        return [[next(tokens) for _ in range(new)]]
+        c.llama_memory_clear(c.llama_get_memory(context), True)
+        said = [fed(prompts, 0)]
+        for i in range(new - 1):
+            said.append(fed(said[-1], prompts.shape[1] + i))
+        return np.concatenate(said, axis=1)
 
     return generate, lambda array: array.sum
 
@@ -135,23 +158,18 @@ def contender(name: str, folder: Path) -> None:
                 best = max(best, array.nbytes / (time.perf_counter() - began) / 1e9)
             return {"gb_per_s": best}
 
-        for way in ways(name):
+        for way in WAYS:
             take_turn(way)
         return {}, lambda line: (read if line == "read" else take_turn)(line)
 
     turns.serve(start)
 
 
-def ways(name: str) -> list[str]:
-    """llama-cpp-python's `generate` continues one prompt at a time."""
-    return [way for way in WAYS if way != "batch" or name != "llama.cpp"]
-
-
 # ------------------------------------------------------------------------------------------ models
 
 
 def write_model(name: str, folder: Path, smollm2: str | None) -> None:
-    """A folder with the model's float32 weights, and the same as model.gguf for llama.cpp."""
+    """A folder with the model's float32 weights."""
     import torch
     import transformers as hf
 
@@ -180,19 +198,20 @@ def write_model(name: str, folder: Path, smollm2: str | None) -> None:
             )
         )  # fmt: skip
     model.save_pretrained(folder)
-    if importlib.util.find_spec("llama_cpp"):
-        write_gguf(model, folder / "model.gguf")
 
 
-def write_gguf(model: Any, path: Path) -> None:
-    """Float32, without a tokenizer."""
+def write_gguf(folder: Path) -> None:
+    """A folder's weights as model.gguf for llama.cpp: float32, without a tokenizer."""
     import gguf
+    import torch
+    import transformers as hf
 
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     c = model.config
     llama = c.model_type == "llama"
     n, d, heads = c.num_hidden_layers, c.hidden_size, c.num_attention_heads
     arch = gguf.MODEL_ARCH.LLAMA if llama else gguf.MODEL_ARCH.GPT2
-    out = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    out = gguf.GGUFWriter(folder / "model.gguf", gguf.MODEL_ARCH_NAMES[arch])
     out.add_block_count(n)
     out.add_context_length(c.max_position_embeddings)
     out.add_embedding_length(d)
@@ -250,8 +269,7 @@ def measure(model: str, folder: Path, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for way in WAYS:
             for child in children:
-                if way in ways(child.name):
-                    child.rows.append({"way": way, **child.ask(way)})
+                child.rows.append({"way": way, **child.ask(way)})
     reads = {child.name: child.ask("read")["gb_per_s"] for child in children}
     for child in children:
         child.close()
@@ -268,7 +286,7 @@ def measure(model: str, folder: Path, rounds: int) -> dict[str, Any]:
 def summary(child: Child) -> dict[str, Any]:
     """Tokens per second of each round; of "first", seconds."""
     out = {}
-    for way in ways(child.name):
+    for way in WAYS:
         rows, _, new = WAYS[way]
         seconds = [row["s"] for row in child.rows if row["way"] == way]
         out[way] = seconds if way == "first" else [rows * new / s for s in seconds]
@@ -278,7 +296,7 @@ def summary(child: Child) -> dict[str, Any]:
 def same(ours: Child, theirs: Child) -> dict[str, float]:
     """Of each way: which share of the tokens both say."""
     out = {}
-    for way in ways(theirs.name):
+    for way in WAYS:
         a, b = (next(r["tokens"] for r in c.rows if r["way"] == way) for c in (ours, theirs))
         out[way] = float(np.mean(np.array(a) == np.array(b)))
     return out
@@ -297,15 +315,14 @@ def show(result: dict[str, Any]) -> None:
     )
     for name, row in rows.items():
         alone = statistics.median(row["alone"])
-        batch = f"{statistics.median(row['batch']):.0f}" if "batch" in row else "–"
+        batch = statistics.median(row["batch"])
         first = statistics.median(row["first"]) * 1e3
         share = "–" if "int8" in name else f"{alone * gb / read:.0%}"
-        line = f"{name:<14}{alone:>8.1f}{share:>9}{batch:>10}{first:>10.0f} ms"
+        line = f"{name:<14}{alone:>8.1f}{share:>9}{batch:>10.0f}{first:>10.0f} ms"
         line += f"{min(result['same_tokens'][name].values()):>13.0%}"
         for way in ("alone", "batch"):
-            if way in row and "transformers" in rows:
-                middle, low, high = turns.ratio(row[way], rows["transformers"][way])
-                line += f"   {middle:.2f} ({low:.2f}–{high:.2f})"
+            middle, low, high = turns.ratio(row[way], rows["transformers"][way])
+            line += f"   {middle:.2f} ({low:.2f}–{high:.2f})"
         print(line)
 
 
@@ -325,6 +342,8 @@ def main() -> None:
         folder = out / name
         if not (folder / "model.safetensors").exists():
             write_model(name, folder, options.smollm2)
+        if importlib.util.find_spec("llama_cpp") and not (folder / "model.gguf").exists():
+            write_gguf(folder)
         results.append(measure(name, folder, options.rounds))
         show(results[-1])
     about = {"machine": platform.machine(), "cores": CORES, "python": platform.python_version()}
