@@ -143,6 +143,7 @@ def test_a_checkpoint_moves_over_processes_and_devices(tmp_path, mesh, shards, s
         children, last = processes(n, path, folder, devices, more), i == len(stages)
         # Until it has evaluated: a signal amid compiling would not wait for that.
         while not last and (not rows(folder) or rows(folder)[-1]["step"] <= 60 * i):
+            assert children[-1].poll() is None, children[-1].communicate()
             time.sleep(0.02)
         if not last:
             children[-1].send_signal(signal.SIGTERM)
