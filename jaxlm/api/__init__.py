@@ -10,12 +10,13 @@ from jaxlm.api.judging import judge
 from jaxlm.api.laws import compare, coordcheck, fit, fit_laws, plot_fit, plot_laws
 from jaxlm.api.plans import plan
 from jaxlm.api.runs import banner, lint, report, summary, sweep, sweep_share, train
-from jaxlm.api.serving import serve
+from jaxlm.api.serving import chat, serve
 from jaxlm.api.tuning import finetune
 from jaxlm.api.weights import export, from_pretrained, generate, inspect
 
 __all__ = [
     "banner",
+    "chat",
     "compare",
     "coordcheck",
     "evaluate",

@@ -1,13 +1,15 @@
-"""Models that answer over HTTP: `serve`."""
+"""Models that answer: over HTTP (`serve`), in a terminal (`chat`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxlm.api.weights import from_pretrained
 from jaxlm.data.extras import library
-from jaxlm.schema import UserError
+from jaxlm.schema import UserError, from_dict
 
 CONTEXT = 2048  # tokens, unless the model was trained on fewer
 
@@ -53,3 +55,37 @@ def serve(
         return server.serve(
             Service(found), sock, names=[*names, host], token=token, grace_s=grace_s
         )
+
+
+def chat(
+    source: str | Path,
+    name: str,
+    *,
+    system: str = "",
+    context: int | None = None,
+    max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
+    temperature: float = 0.8,
+    seed: int | None = None,
+    rows: bool = False,
+    say: Callable[[str], None] = print,
+    **sampling: Any,
+) -> None:
+    """A conversation with what `from_pretrained(source)` gives, called `name`, on stdin and stdout,
+    until stdin ends; `rows` makes answers JSON. Without a `seed` each time is another. `sampling`
+    are further fields of `Sampling`.
+
+    Raises UserError for a model that cannot answer and, where nobody types, for such a turn.
+    """
+    from jaxlm.generate.sampling import Sampling, validate
+    from jaxlm.serve.talk import Talk
+    from jaxlm.serve.terminal import Terminal
+
+    seed = secrets.randbits(31) if seed is None else seed
+    drawn = {"temperature": temperature, "seed": seed, **sampling}
+    model = from_pretrained(source)
+    how = validate(from_dict(Sampling, drawn, "sampling"), model.config.vocab_size)
+    most = context or min(CONTEXT, model.config.seq_len)
+    talk = Talk(model, most, max_new_tokens, how, stop, system)
+    say(f"{name}: {source}, a context of {talk.slots.context} tokens; /help lists commands")
+    Terminal(talk, name, rows).run()

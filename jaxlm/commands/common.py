@@ -41,3 +41,40 @@ def experiment(values: Flags, overrides: list[tuple[str, str]], kind: type) -> A
             f"--config: {values['config']} holds a {type(found).__name__}; use 'jaxlm {verb}'"
         )
     return found
+
+
+def sampling_flags(values: flags.FlagValues, seed: str) -> None:
+    """What the next token is drawn from, and what ends a text; `seed` tells what it is else."""
+    flags.DEFINE_float("temperature", None, "0: greedy; 0.8 unless given", 0.0, flag_values=values)
+    flags.DEFINE_integer("top_k", None, "0: all", 0, flag_values=values)
+    flags.DEFINE_float("top_p", None, "nucleus", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_float("min_p", None, "least share of the best's", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_float("typical_p", None, "typical sampling", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_float("repetition_penalty", None, "1: none", 0.0, flag_values=values)
+    flags.DEFINE_float("frequency_penalty", None, "0: none", flag_values=values)
+    flags.DEFINE_float("presence_penalty", None, "0: none", flag_values=values)
+    flags.DEFINE_multi_string(
+        "logit_bias", [], "ID=NUMBER: added to a token's logit; repeatable", flag_values=values
+    )
+    flags.DEFINE_integer("seed", None, f"of the sampling; {seed}", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "text to end before; repeatable", flag_values=values)
+
+
+def sampling(values: Flags) -> dict[str, Any]:
+    """Fields of `Sampling` that were given. Raises UserError."""
+    given = (
+        *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
+        *("frequency_penalty", "presence_penalty", "seed"),
+    )
+    how = {n: values[n] for n in given if values[n] is not None}
+    if values["logit_bias"]:
+        how["logit_bias"] = tuple(map(_bias, values["logit_bias"]))
+    return how
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, more = text.partition("=")
+    try:
+        return int(token), float(more)
+    except ValueError:
+        raise UserError(f"--logit_bias: expected ID=NUMBER, got {text!r}") from None

@@ -8,7 +8,14 @@ from typing import Any
 
 from absl import flags
 
-from jaxlm.commands.common import Command, Flags, experiment, experiment_flags
+from jaxlm.commands.common import (
+    Command,
+    Flags,
+    experiment,
+    experiment_flags,
+    sampling,
+    sampling_flags,
+)
 from jaxlm.config import Config, Sweep
 from jaxlm.schema import UserError
 
@@ -39,21 +46,9 @@ def _flags_generate(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "text to continue; repeatable", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 64, "tokens at most", 1, flag_values=values)
-    flags.DEFINE_float("temperature", None, "0: greedy; 0.8 unless given", 0.0, flag_values=values)
-    flags.DEFINE_integer("top_k", None, "0: all", 0, flag_values=values)
-    flags.DEFINE_float("top_p", None, "nucleus", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_float("min_p", None, "least share of the best's", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_float("typical_p", None, "typical sampling", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_float("repetition_penalty", None, "1: none", 0.0, flag_values=values)
-    flags.DEFINE_float("frequency_penalty", None, "0: none", flag_values=values)
-    flags.DEFINE_float("presence_penalty", None, "0: none", flag_values=values)
-    flags.DEFINE_multi_string(
-        "logit_bias", [], "ID=NUMBER: added to a token's logit; repeatable", flag_values=values
-    )
+    sampling_flags(values, seed="0 unless given")
     flags.DEFINE_integer("num_beams", 1, "2 or more: beam search", 1, flag_values=values)
     flags.DEFINE_float("length_penalty", None, "of beams; 1 unless given", flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "text to end before; repeatable", flag_values=values)
-    flags.DEFINE_integer("seed", None, "of the sampling; 0 unless given", flag_values=values)
     flags.DEFINE_string("draft", None, "a small model that proposes tokens", flag_values=values)
     flags.DEFINE_string("regex", None, "what the answer must match", flag_values=values)
     flags.DEFINE_string("json_schema", None, "JSON that it must fit", flag_values=values)
@@ -154,14 +149,8 @@ def _generate(values: Flags, overrides: list[tuple[str, str]]) -> int:
     if not prompts:
         raise UserError("--prompt: expected a text to continue, as in --prompt='The '")
     how: dict[str, Any] = {n: values[n] for n in ("max_new_tokens", "stop", "num_beams", "weights")}
-    given = (
-        *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
-        *("frequency_penalty", "presence_penalty", "length_penalty", "seed"),
-        *("draft", "regex", "json_schema"),
-    )
-    how |= {n: values[n] for n in given if values[n] is not None}
-    if values["logit_bias"]:
-        how["logit_bias"] = tuple(map(_bias, values["logit_bias"]))
+    given = ("length_penalty", "draft", "regex", "json_schema")
+    how |= sampling(values) | {n: values[n] for n in given if values[n] is not None}
     if values["length_penalty"] is not None and values["num_beams"] == 1:
         raise UserError("--length_penalty: expected --num_beams=2 or more beside it")
     texts = api.generate(values["workdir"], prompts, **how)
@@ -169,14 +158,6 @@ def _generate(values: Flags, overrides: list[tuple[str, str]]) -> int:
     for row in rows:
         print(json.dumps(row) if values["json"] else row["prompt"] + row["text"])
     return 0
-
-
-def _bias(text: str) -> tuple[int, float]:
-    token, _, more = text.partition("=")
-    try:
-        return int(token), float(more)
-    except ValueError:
-        raise UserError(f"--logit_bias: expected ID=NUMBER, got {text!r}") from None
 
 
 def _report(values: Flags, overrides: list[tuple[str, str]]) -> int:

@@ -1,13 +1,14 @@
-"""Models to talk to: `jaxlm serve`."""
+"""Models to talk to: `jaxlm serve|chat`."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from absl import flags
 
-from jaxlm.commands.common import Command, Flags
+from jaxlm.commands.common import Command, Flags, sampling, sampling_flags
 from jaxlm.schema import UserError
 
 
@@ -24,6 +25,17 @@ def _flags_serve(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("context", None, "tokens of prompt and answer", 1, flag_values=values)
     flags.DEFINE_integer("queue", 64, "requests that may wait", 0, flag_values=values)
     flags.DEFINE_float("grace", 30.0, "seconds to finish in after SIGTERM", 0, flag_values=values)
+
+
+def _flags_chat(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "model", None, "a run, a folder of others' or a .gguf; or NAME=PATH", flag_values=values
+    )
+    flags.DEFINE_string("system", "", "the system prompt", flag_values=values)
+    flags.DEFINE_integer("context", None, "tokens of prompt and answer", 1, flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 256, "of an answer", 1, flag_values=values)
+    sampling_flags(values, seed="another each time unless given")
+    flags.DEFINE_boolean("json", False, "answers as rows of JSON", flag_values=values)
 
 
 def _named(given: list[str]) -> dict[str, str]:
@@ -54,6 +66,25 @@ def _serve(values: Flags, overrides: list[tuple[str, str]]) -> int:
     )
 
 
+def _chat(values: Flags, overrides: list[tuple[str, str]]) -> int:
+    if not values["model"]:
+        raise UserError("--model: expected a run or a model, as in --model=runs/mine")
+    [(name, source)] = _named([values["model"]]).items()
+    from jaxlm import api
+
+    same = ("system", "context", "max_new_tokens", "stop")
+    api.chat(
+        source,
+        name,
+        rows=values["json"],
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        **{name: values[name] for name in same},
+        **sampling(values),
+    )
+    return 0
+
+
 VERBS = {
+    "chat": Command(_chat, _flags_chat, "a conversation with a model in this terminal"),
     "serve": Command(_serve, _flags_serve, "models over HTTP, with OpenAI's interface"),
 }

@@ -138,3 +138,22 @@ def conversation(
         low, high = len(before), len(after.rstrip("\n"))
         says |= np.array([low <= a and b <= high and a < b for a, b in offsets])
     return ids, says
+
+
+def asked(words: Tokenizer, template: ChatTemplate, messages: Sequence[Message]) -> np.ndarray:
+    """Token ids [t] of a conversation, up to where the assistant's turn begins."""
+    return encoded(words, template.text(messages, ask=True))[0]
+
+
+def ends_of_turn(words: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
+    """The special token that the template puts after what the assistant says, if any."""
+    if template is None or not isinstance(words, Subword):
+        return frozenset()
+    asks: list[Message] = [{"role": "user", "content": "a"}]
+    before = template.text(asks, ask=True)
+    after = template.text([*asks, {"role": "assistant", "content": "b"}])
+    if not after.startswith(before):
+        return frozenset()
+    special = {i for i, t in words.inner.get_added_tokens_decoder().items() if t.special}
+    ids, _ = encoded(words, after[len(before) :])
+    return frozenset([i for i in ids.tolist() if i in special][:1])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxlm.data import chat
-from jaxlm.data.chat import ChatTemplate, Message
 from jaxlm.data.tokenizer import Subword, Tokenizer
 from jaxlm.generate.slots import Request
 from jaxlm.generate.watch import token_text
@@ -46,21 +45,7 @@ class Served:
 
 def served(engine: Engine) -> Served:
     model = engine.model
-    return Served(engine, ends_of_turn(model.tokenizer, model.chat))
-
-
-def ends_of_turn(words: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
-    """The special token that the template puts after what the assistant says, if any."""
-    if template is None or not isinstance(words, Subword):
-        return frozenset()
-    asks: list[Message] = [{"role": "user", "content": "a"}]
-    before = template.text(asks, ask=True)
-    after = template.text([*asks, {"role": "assistant", "content": "b"}])
-    if not after.startswith(before):
-        return frozenset()
-    special = {i for i, t in words.inner.get_added_tokens_decoder().items() if t.special}
-    ids, _ = chat.encoded(words, after[len(before) :])
-    return frozenset([i for i in ids.tolist() if i in special][:1])
+    return Served(engine, chat.ends_of_turn(model.tokenizer, model.chat))
 
 
 @dataclass
@@ -200,11 +185,10 @@ def _before(prompts: Sequence[np.ndarray], i: int) -> int:
 
 def conversation_ids(found: Served, asked: Chat) -> tuple[list[np.ndarray], list[str]]:
     """Token ids of a conversation, up to where the assistant's turn begins. Raises UserError."""
-    if found.model.chat is None:
+    template = found.model.chat
+    if template is None:
         raise UserError(f"model: {asked.model!r} has no chat template; use /v1/completions")
-    text = found.model.chat.text(asked.turns, ask=True)
-    ids, _ = chat.encoded(found.model.tokenizer, text)
-    return [ids], []
+    return [chat.asked(found.model.tokenizer, template, asked.turns)], []
 
 
 def completion_ids(found: Served, asked: Completion) -> tuple[list[np.ndarray], list[str]]:
