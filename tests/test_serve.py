@@ -4,6 +4,7 @@ that nobody's request harms another's."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import http.client
 import json
 import os
@@ -26,7 +27,9 @@ import pytest
 import small
 
 from jaxlm import from_pretrained
-from jaxlm.generate import written
+from jaxlm.generate import constrained, written
+from jaxlm.generate.sampling import Sampling
+from jaxlm.generate.slots import Request, Slots
 from jaxlm.language_model import LanguageModel
 from jaxlm.schema import UserError
 
@@ -202,7 +205,68 @@ def test_the_middle_is_asked_for_with_the_tokens_for_it(client: Any, model: Lang
     assert client.completions.create(prompt="de", suffix="fg", **how).choices[0].text == by_ids
 
 
+CITY = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Oslo", "Rome"]}, "size": {"type": "integer", "maximum": 99}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_the_form_that_is_asked_for(client: Any, model: LanguageModel) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra constrain")
+    ask = functools.partial(client.chat.completions.create, model="tiny", messages=TALK)
+    stated = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    for seed in range(3):
+        said = ask(response_format=stated, seed=seed, max_tokens=60).choices[0]
+        found = json.loads(said.message.content)
+        assert found.keys() == {"name", "size"} and found["name"] in ("Oslo", "Rome")
+        assert type(found["size"]) is int and found["size"] <= 99 and said.finish_reason == "stop"
+    closes = {str(model.tokenizer.encode("}")[0]): 100}
+    said = ask(response_format={"type": "json_object"}, logit_bias=closes, max_tokens=60)
+    assert json.loads(said.choices[0].message.content) == {}
+    text = {"response_format": {"type": "text"}}
+    plain = [ask(temperature=0, max_tokens=8, **more) for more in ({}, text)]
+    assert plain[0].choices[0].message.content == plain[1].choices[0].message.content
+    how: dict[str, Any] = {"temperature": 0, "regex": "[a-f]{3,9}[0-4]?"}
+    want = model.generate("abc", max_new_tokens=40, return_full_text=False, **how)[0][0]
+    more = {"regex": how["regex"]}
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 40, "temperature": 0}
+    assert client.completions.create(**asked, extra_body=more).choices[0].text == want
+    draw: dict[str, Any] = {"typical_p": 0.4, "temperature": 1.5, "seed": 5}
+    want = model.generate("abc", max_new_tokens=9, return_full_text=False, **draw)[0][0]
+    asked |= {"max_tokens": 9, "temperature": 1.5, "seed": 5}
+    found = client.completions.create(**asked, extra_body={"typical_p": 0.4})
+    assert found.choices[0].text == want != client.completions.create(**asked).choices[0].text
+
+
+def test_a_form_holds_its_own_row_only(model: LanguageModel) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra constrain")
+    words, v = model.tokenizer, model.config.vocab_size
+    grammar = constrained.grammar(regex="[0-9]{30}")
+    held = constrained.matcher(words, v, grammar)
+    prompt = words.encode("abc")
+    ways = [Sampling(0.0), Sampling(1.3, seed=2), Sampling(1.3, top_k=9, seed=2)]
+    plain = [Request(prompt, 30, how) for how in ways]
+
+    def said(requests: list[Request]) -> list[list[int]]:
+        with jax.set_mesh(model.mesh):
+            slots = Slots(model.config, model.params, 4, serving.CONTEXT)
+        rows = [slots.join(request) for request in requests]
+        found: dict[int, list[int]] = {row: [] for row in rows}
+        while slots.free < slots.n:
+            for token in slots.step():
+                found[token.row].append(token.id)
+        return [found[row] for row in rows]
+
+    alone = said(plain)
+    *beside, digits = said([*plain, Request(prompt, 40, Sampling(0.0), matcher=held)])
+    assert beside == alone and re.fullmatch("[0-9]{30}", words.decode(digits))
+    assert not held.is_stopped()  # the next request begins at its beginning, too
+
+
 # ---------------------------------------------------------------------------------- what is refused
+
 
 SAYS: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 2}
 
@@ -236,6 +300,8 @@ SAYS: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 2}
         ({**SAYS, "logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({**SAYS, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
         ({**SAYS, "stop": [""]}, 400, "stop"),
+        ({**SAYS, "regex": "(a"}, 400, "regex: "),
+        ({**SAYS, "typical_p": 0}, 400, "typical_p"),
         ({**SAYS, "stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({**SAYS, "prompt": "x" * (1 << 20)}, 413, "longer than"),
     ],
@@ -259,6 +325,17 @@ def test_conversations_are_checked(url: str) -> None:
         body = {"model": "tiny", "messages": messages}
         status, _, told = raw(url, "POST", "/v1/chat/completions", body)
         assert status == 400 and names in json.loads(told)["error"]["message"], told
+    for form, names in (
+        ("json", "response_format.type: expected text, json_object"),
+        ({"type": "grammar"}, "got 'grammar'"),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "json_schema.schema: expected"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "town"}}}, "json_schema: "),
+        ({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "json_schema: "),
+    ):
+        body = {"model": "tiny", "messages": TALK, "response_format": form}
+        status, _, told = raw(url, "POST", "/v1/chat/completions", body)
+        message = json.loads(told)["error"]["message"]
+        assert status == 400 and names in message and "\n" not in message, told
     body = {"model": "tiny", "messages": TALK, "max_completion_tokens": 0}
     status, _, told = raw(url, "POST", "/v1/chat/completions", body)
     assert status == 400 and "expected" in json.loads(told)["error"]["message"], told

@@ -11,7 +11,7 @@ import small
 
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig
-from jaxlm.generate import decode, sampling, slots
+from jaxlm.generate import decode, sampling, slot_programs
 from jaxlm.generate.sampling import Sampling
 from jaxlm.generate.slots import Request, Slots, Token
 from jaxlm.model import transformer
@@ -333,5 +333,7 @@ def test_longer_prompts_seldom_compile_again():
     engine = Slots(LLAMA, weights(LLAMA), 3, CONTEXT)
     prompts = [(np.arange(n, 2 * n) % 32).astype(np.int32) for n in range(1, CONTEXT)]
     answers(engine, [Request(prompt, 2) for prompt in prompts])
-    programs = [make(LLAMA, 128, engine.mesh) for make in (slots._forward, slots._reader)]
+    programs = [
+        make(LLAMA, 128, engine.mesh) for make in (slot_programs.forward, slot_programs.reader)
+    ]
     assert [program._cache_size() for program in programs] == [2, 2]  # 1 row, 3; chunks of 16, 64

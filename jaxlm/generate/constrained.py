@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,15 +77,18 @@ def generate(
     how = draws.streams(given, sampling.seed), draws.knobs(alike, config.vocab_size)
     laid = layout.laid_out(config, params, rows=rows)
     begun = _starter(config, decode.slots(max_new_tokens), devices)(laid, placed)
-    matchers = _matchers(tokenizer, config.vocab_size, grammar, len(prompts))
+    first = matcher(tokenizer, config.vocab_size, grammar)
+    matchers = [first.deep_copy() for _ in prompts]
     out: list[list[int]] = [[] for _ in prompts]
     cache, last_b, step = begun.cache, begun.last_b, _stepper(config, method, devices)
     begun = begun._replace(cache=())
     for i in range(max_new_tokens):
-        open_ = [j for j, matcher in enumerate(matchers) if not matcher.is_stopped()]
+        open_ = [j for j, one in enumerate(matchers) if not one.is_stopped()]
         if not open_:
             break
-        allowed_bv = _allowed(matchers, open_, rows, config.vocab_size)
+        allowed_bv = allowed({j: matchers[j] for j in open_}, rows, config.vocab_size)
+        for j in open_:
+            _check(matchers[j])
         last_b, cache, said = step(laid, begun, cache, np.int32(i), last_b, allowed_bv, *how, said)
         for j, token in zip(open_, np.asarray(last_b)[open_].tolist(), strict=True):
             matchers[j].consume_token(token)
@@ -104,11 +107,25 @@ def _library() -> Any:
     return llguidance
 
 
-def _matchers(tokenizer: Tokenizer, vocab_size: int, grammar: str, n: int) -> list[Any]:
+def matcher(tokenizer: Tokenizer, vocab_size: int, grammar: str, ends: Collection[int] = ()) -> Any:
+    """What tells llguidance's way through `grammar`, at its beginning: each answer has a copy. Of
+    subwords, `ends` are the ids that may end it; the end of text unless they are given."""
     words: Any = tokenizer  # hashed by identity
-    first = _library().LLMatcher(_known(words, vocab_size), grammar, log_level=0)
-    _check(first)
-    return [first.deep_copy() for _ in range(n)]
+    known = _known(words, vocab_size, tuple(sorted(ends)) or (tokenizer.eos_id,))
+    found = _library().LLMatcher(known, grammar, log_level=0)
+    _check(found)
+    return found
+
+
+def allowed(matchers: Mapping[int, Any], n: int, vocab_size: int) -> np.ndarray:
+    """Bool [n, v]: what may come next in the rows of `matchers`; all of it in others. Where a
+    matcher fails nothing may, and it tells so (`is_error`)."""
+    library = _library()
+    bits = library.numpy.allocate_token_bitmask(n, vocab_size)
+    for j, one in matchers.items():
+        library.numpy.fill_next_token_bitmask(one, bits, j)
+    each = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
+    return each[:, :vocab_size].astype(bool)
 
 
 def _check(matcher: Any) -> None:
@@ -119,14 +136,14 @@ def _check(matcher: Any) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _known(tokenizer: Any, vocab_size: int) -> Any:
+def _known(tokenizer: Any, vocab_size: int, ends: tuple[int, ...]) -> Any:
     """The tokenizer as llguidance knows it."""
     if tokenizer.kind == "bytes":
         return _library().LLTokenizer(_wrapped(vocab_size), n_vocab=vocab_size)
     if tokenizer.kind != "subword":
         raise UserError(f"constraint: expected bytes or subwords, got a {tokenizer.kind} tokenizer")
     spelled = tokenizer.inner.to_str()
-    return _library().LLTokenizer(spelled, n_vocab=vocab_size, eos_token=tokenizer.eos_id)
+    return _library().LLTokenizer(spelled, n_vocab=vocab_size, eos_token=list(ends))
 
 
 def _wrapped(vocab_size: int) -> Any:
@@ -141,17 +158,6 @@ def _wrapped(vocab_size: int) -> Any:
             return list(text)
 
     return TokenizerWrapper(Spelled())
-
-
-def _allowed(matchers: list[Any], rows: list[int], n: int, vocab_size: int) -> np.ndarray:
-    """Bool [n, v]; all of it in other rows than `rows`."""
-    library = _library()
-    bits = library.numpy.allocate_token_bitmask(n, vocab_size)
-    for j in rows:
-        library.numpy.fill_next_token_bitmask(matchers[j], bits, j)
-        _check(matchers[j])
-    each = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
-    return each[:, :vocab_size].astype(bool)
 
 
 @functools.lru_cache(maxsize=16)

@@ -23,15 +23,16 @@ import numpy as np
 
 from jaxlm import mesh
 from jaxlm.config import ModelConfig
-from jaxlm.generate import decode, layout
+from jaxlm.generate import constrained, decode, layout
 from jaxlm.generate import sampling as draws
-from jaxlm.generate.sampling import Knobs, Method, Said, Sampling
+from jaxlm.generate import slot_programs as programs
+from jaxlm.generate.sampling import Method, Said, Sampling
+from jaxlm.generate.slot_programs import CHUNKS
 from jaxlm.mesh import spec
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Params
 from jaxlm.schema import UserError
 
-CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once: the sizes compiled for
 ROWS = 4  # a step computes 1 row, 4, 16, … or all
 VISIBLE = 128  # slots that a step looks at: so many, or a power of two above
 SHARED = 16  # tokens: the shortest beginning that is worth a copy
@@ -50,6 +51,7 @@ class Request:
     ends: frozenset[int] = frozenset()  # ids that end the answer
     copy: int = 0  # tells the draws of one prompt and seed apart: the j-th copy, from 0
     top: int = 0  # alternatives to each token that are wanted
+    matcher: Any = None  # of `constrained.matcher`, at its beginning: what may be said
 
 
 class Token(NamedTuple):
@@ -59,7 +61,7 @@ class Token(NamedTuple):
     id: int
     log_prob: float  # of the model: before penalties, bias, temperature and filters
     top: list[tuple[int, float]]  # the most likely ids and their log-probabilities
-    finish: Finish | None  # "stop": it is one of `ends`; with any of them the row is free again
+    finish: Finish | None  # "stop": it is one of `ends`, or nothing more may come; then row is free
 
 
 @dataclass
@@ -70,6 +72,7 @@ class _Row:
     joined: int = 0  # the how many-th request it is
     stream: Any = (0, 0)  # see `sampling.streams`
     again: bool = False  # it has been wiped and read once more
+    matcher: Any = None  # the request's, as far as it has been answered
 
     @property
     def unread(self) -> int:
@@ -146,12 +149,13 @@ class Slots:
             i = source  # one conversation goes on: nobody else needs what it held
         if i != source:
             with jax.set_mesh(self.mesh):
-                copy = _copier(self._visible(shared[source]), self.mesh)
+                copy = programs.copier(self._visible(shared[source]), self.mesh)
                 self._cache = copy(self._cache, np.int32(source), np.int32(i))
         self._joined += 1
         self.reused += shared[source]
         stream = draws.streams([request.prompt] * (request.copy + 1), request.sampling.seed)[-1]
-        self._rows[i] = _Row(request, ids, shared[source], self._joined, stream)
+        held = request.matcher and request.matcher.deep_copy()
+        self._rows[i] = _Row(request, ids, shared[source], self._joined, stream, matcher=held)
         self._note(i)
         return i
 
@@ -167,7 +171,7 @@ class Slots:
         new = draws.said(alters, [request.prompt], [request.sampling], v)
         np.add.at(new.generated[0], self._rows[i].ids[n:], 1)
         with jax.set_mesh(self.mesh):
-            self._said = _noter(self.mesh)(self._said, np.int32(i), new)
+            self._said = programs.noter(self.mesh)(self._said, np.int32(i), new)
 
     def _unsaid(self, v: int) -> Said:
         shape, kinds = (self.n + 1, v), Said(jnp.bool, jnp.int32, jnp.float32)
@@ -209,7 +213,7 @@ class Slots:
         size = _chunk(row.unread)
         ids = row.ids[row.held : row.held + min(size, row.unread)]
         padded = np.pad(np.array(ids, np.int32), (0, size - len(ids)), "edge")
-        read = _reader(self.config, self._visible(row.held + size), self.mesh)
+        read = programs.reader(self.config, self._visible(row.held + size), self.mesh)
         self._cache = read(self._laid, self._cache, np.int32(i), padded, np.int32(row.held))
         row.held += len(ids)
         self.read += len(ids)
@@ -227,11 +231,14 @@ class Slots:
         streams_b2[:k] = [row.stream for row in rows]
         samplings = [r.sampling for r in requests] + [Sampling(0.0)] * (b - k)
         top = min(TOP, self.config.vocab_size) if any(r.top for r in requests) else 0
-        run = _forward(self.config, self._visible(int(at_b.max()) + 1), self.mesh)
+        run = programs.forward(self.config, self._visible(int(at_b.max()) + 1), self.mesh)
         logits_bv, self._cache = run(self._laid, self._cache, rows_b, last_b, at_b)
         knobs = draws.knobs(samplings, self.config.vocab_size)
-        choose = _chooser(draws.method(samplings), top, self.mesh)
-        found, self._said = choose(logits_bv, rows_b, streams_b2, at_b, knobs, self._said)
+        choose = programs.chooser(draws.method(samplings), top, self.mesh)
+        held = {j: row.matcher for j, row in enumerate(rows) if row.matcher is not None}
+        allowed_bv = constrained.allowed(held, b, self.config.vocab_size) if held else None
+        how = streams_b2, at_b, knobs, self._said, allowed_bv
+        found, self._said = choose(logits_bv, rows_b, *how)
         out = []
         told = (np.asarray(a).tolist() for a in found)
         for i, request, token, log_prob, ids, best in zip(active, requests, *told, strict=False):
@@ -245,12 +252,14 @@ class Slots:
         row, request = self._rows[i], self._request(i)
         if not np.isfinite(log_prob):
             row.held = 0
-            self._cache = _wiper(self.mesh)(self._cache, np.int32(i))
+            self._cache = programs.wiper(self.mesh)(self._cache, np.int32(i))
             return self._again(i)
         row.held += 1
         row.ids.append(token)
         finish: Finish | None = None
-        if token in request.ends:
+        if row.matcher is not None and not row.matcher.consume_token(token):
+            finish = "error"  # no token goes on towards what matches
+        elif token in request.ends or (row.matcher is not None and row.matcher.is_stopped()):
             finish = "stop"
         elif len(row.ids) == len(request.prompt) + request.max_new_tokens:
             finish = "length"
@@ -303,97 +312,3 @@ def _chunk(n: int) -> int:
 # ---------------------------------------------------------------------------------------- programs
 #
 # All are jitted for the mesh that is set, which is part of the key.
-
-
-@functools.lru_cache(maxsize=64)
-def _forward(config: ModelConfig, visible: int, devices: Any) -> Any:
-    """(laid, cache, rows_b, last_b, at_b) → what follows `last` in slot `at` of each of the rows,
-    float32 [b, v], and the cache with it."""
-    del devices
-
-    def forward(
-        laid: Params, cache: Any, rows_b: Any, last_b: Any, at_b: Any
-    ) -> tuple[jax.Array, Any]:
-        b = last_b.shape[0]
-        segments = jnp.ones((b, 1), jnp.int32), jnp.ones((b, visible), jnp.int32)
-        x_btd, cache = transformer.hidden_cached(
-            config, laid, last_b[:, None], at_b[:, None], *segments, at_b, cache, rows_b=rows_b
-        )
-        return decode.last_logits(config, laid, x_btd), cache
-
-    return jax.jit(forward, donate_argnums=(1,))
-
-
-@functools.lru_cache(maxsize=64)
-def _reader(config: ModelConfig, visible: int, devices: Any) -> Any:
-    """(laid, cache, row, tokens_t, start) → the cache with the tokens' keys and values in slots
-    start … start + t of the row."""
-    del devices
-
-    def read(laid: Params, cache: Any, row: Any, tokens_t: Any, start: Any) -> Any:
-        t, context = tokens_t.shape[0], cache[0][0].shape[1] - CHUNKS[-1]
-        at_bt = jnp.minimum(start + jnp.arange(t, dtype=jnp.int32), context - 1)[None]
-        segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, visible), jnp.int32)
-        given = laid, tokens_t[None], at_bt, *segments, start[None], cache
-        return transformer.hidden_cached(config, *given, rows_b=row[None])[1]
-
-    return jax.jit(read, donate_argnums=(1,))
-
-
-@functools.lru_cache(maxsize=64)
-def _chooser(method: Method, top: int, devices: Any) -> Any:
-    """(logits_bv, rows_b, streams_b2, at_b, knobs, said) → (the next ids [b], how likely they were
-    [b], the `top` most likely ids and how likely they were [b, top]), said."""
-    del devices
-
-    def choose(
-        logits_bv: Any, rows_b: Any, streams_b2: Any, at_b: Any, knobs: Knobs, said: Said
-    ) -> tuple[tuple[jax.Array, ...], Said]:
-        own = jax.tree.map(lambda a: a[rows_b], said)
-        next_b = draws.choose(method, logits_bv, streams_b2, at_b, knobs, own)
-        chosen_b = draws.log_probs(logits_bv, next_b)
-        best_bk, ids_bk = jax.lax.top_k(jax.nn.log_softmax(logits_bv), top)
-        noted = draws.noted(own, jnp.where(jnp.isfinite(chosen_b), next_b, -1)).generated
-        said = said._replace(generated=said.generated.at[rows_b].set(noted))
-        return (next_b, chosen_b, ids_bk, best_bk), said
-
-    return jax.jit(choose, donate_argnums=(5,))
-
-
-@functools.lru_cache(maxsize=64)
-def _copier(visible: int, devices: Any) -> Any:
-    """(cache, source, target) → the cache with the first slots of one row in another, too."""
-    del devices
-
-    def copy(cache: Any, source: Any, target: Any) -> Any:
-        return jax.tree.map(lambda a: _with_row(a, target, _of_row(a, source, visible)), cache)
-
-    return jax.jit(copy, donate_argnums=(0,))
-
-
-@functools.lru_cache(maxsize=64)
-def _wiper(devices: Any) -> Any:
-    """(cache, row) → the cache with zeros in the row: a slot that is not seen is still multiplied,
-    by 0, which of NaN makes NaN."""
-    del devices
-    return jax.jit(
-        lambda cache, row: jax.tree.map(lambda a: a.at[row].set(0), cache), donate_argnums=(0,)
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _noter(devices: Any) -> Any:
-    """(said, row, one row's) → said."""
-    del devices
-    return jax.jit(
-        lambda said, row, new: jax.tree.map(lambda a, x: a.at[row].set(x[0]), said, new),
-        donate_argnums=(0,),
-    )
-
-
-def _of_row(a: jax.Array, row: Any, visible: int) -> jax.Array:
-    return jax.lax.dynamic_slice(a, (row, 0, 0, 0), (1, visible, *a.shape[2:]))
-
-
-def _with_row(a: jax.Array, row: Any, part: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(a, part, (row, 0, 0, 0))

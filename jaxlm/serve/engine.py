@@ -189,7 +189,7 @@ class Engine:
                 continue
             told.append((job, token))
             if token.finish == "error":
-                _LOG.error("row %d: its request failed twice and ends", token.row)
+                _LOG.error("row %d: its request ends without an answer", token.row)
             if token.finish is not None:
                 del self._running[token.row]
         self._tell(told)

@@ -16,7 +16,7 @@ from jaxlm.schema import UserError, check, doc, from_dict
 MOST_COPIES, MOST_PROMPTS, MOST_STOPS = 16, 64, 16
 UNSUPPORTED = (
     "audio", "best_of", "function_call", "functions", "modalities", "parallel_tool_calls",
-    "prediction", "reasoning_effort", "response_format", "service_tier", "store", "tool_choice",
+    "prediction", "reasoning_effort", "service_tier", "store", "tool_choice",
     "tools", "verbosity", "web_search_options",
 )  # fmt: skip
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # who asks is not kept
@@ -24,17 +24,19 @@ IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # who a
 
 @dataclass(frozen=True)
 class Options:
-    """What both have. Beyond OpenAI's: top_k, min_p, repetition_penalty."""
+    """What both have. Beyond OpenAI's: top_k, min_p, typical_p, repetition_penalty, regex."""
 
     model: str
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Any = doc(None, "{token id: bias}")
+    regex: str = doc("", "what the answer must match")
     seed: int | None = None
     n: int = 1
     stop: Any = doc(None, "a text or a list of texts")
@@ -56,9 +58,15 @@ class Options:
         seed = secrets.randbits(31) if self.seed is None else self.seed
         return Sampling(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty, frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty, logit_bias=tuple(pairs), seed=seed,
+            typical_p=self.typical_p, repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty, presence_penalty=self.presence_penalty,
+            logit_bias=tuple(pairs), seed=seed,
         )  # fmt: skip
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What `constrained.grammar` takes; {} where any text will do."""
+        return {"regex": self.regex} if self.regex else {}
 
     @property
     def stops(self) -> list[str]:
@@ -107,6 +115,7 @@ def _are_ids(given: Any) -> bool:
 @dataclass(frozen=True)
 class Chat(Options):
     messages: Any = doc((), "[{role, content}]")
+    response_format: Any = doc(None, "{type: text, json_object or json_schema}")
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
@@ -116,6 +125,27 @@ class Chat(Options):
         if self.top_logprobs is not None and not self.logprobs:
             raise UserError("top_logprobs: only with logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """Raises UserError."""
+        given = {"type": "text"} if self.response_format is None else self.response_format
+        kind = given.get("type") if isinstance(given, dict) else None
+        if kind == "text":
+            return super().form
+        if self.regex:
+            raise UserError("regex: not beside response_format")
+        if kind == "json_object":
+            return {"json_schema": {"type": "object"}}
+        if kind != "json_schema":
+            raise UserError(
+                f"response_format.type: expected text, json_object or json_schema, got {kind!r:.60}"
+            )
+        named = given.get("json_schema")
+        schema = named.get("schema") if isinstance(named, dict) else None
+        if not isinstance(schema, dict):
+            raise UserError("response_format.json_schema.schema: expected a JSON schema")
+        return {"json_schema": schema}
 
     @property
     def turns(self) -> list[dict[str, str]]:

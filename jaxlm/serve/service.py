@@ -7,11 +7,13 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from jaxlm.data import chat
 from jaxlm.data.tokenizer import Subword, Tokenizer
+from jaxlm.generate import constrained
 from jaxlm.generate.slots import Request
 from jaxlm.generate.watch import token_text
 from jaxlm.language_model import LanguageModel
@@ -151,7 +153,9 @@ class Service:
         talk = isinstance(asked, Chat)
         loop, top = asyncio.get_running_loop(), asked.top
         stops, sampling = asked.stops, asked.sampling
-        prompts, texts = await loop.run_in_executor(self._reader, _read, found, asked)
+        ends = frozenset({found.model.tokenizer.eos_id}) | (found.ends if talk else frozenset())
+        given = found, asked, ends
+        prompts, texts, matcher = await loop.run_in_executor(self._reader, _read, *given)
         most = asked.max_tokens
         if isinstance(asked, Chat) and asked.max_completion_tokens is not None:
             most = asked.max_completion_tokens
@@ -161,9 +165,9 @@ class Service:
         if longest + most - 1 > context:
             message = f"prompt: {longest} tokens and {most} new ones; the context is {context}"
             raise Refused(400, message, "context_length_exceeded")
-        ends = frozenset({found.model.tokenizer.eos_id}) | (found.ends if talk else frozenset())
+        more = top or 0, matcher
         requests = [
-            Request(prompt, most, sampling, ends, _before(prompts, i) * asked.n + j, top or 0)
+            Request(prompt, most, sampling, ends, _before(prompts, i) * asked.n + j, *more)
             for i, prompt in enumerate(prompts)
             for j in range(asked.n)
         ]
@@ -172,10 +176,19 @@ class Service:
         return Asking(asked.model, found, prompts, texts, asked.n, call, stops, top, self.metrics)
 
 
-def _read(found: Served, asked: Completion | Chat) -> tuple[list[np.ndarray], list[str]]:
+def _read(
+    found: Served, asked: Completion | Chat, ends: frozenset[int]
+) -> tuple[list[np.ndarray], list[str], Any]:
+    """Prompts, with `echo` their texts, and what holds answers to a form. Raises UserError."""
     if isinstance(asked, Chat):
-        return conversation_ids(found, asked)
-    return completion_ids(found, asked)
+        prompts, texts = conversation_ids(found, asked)
+    else:
+        prompts, texts = completion_ids(found, asked)
+    if not asked.form:
+        return prompts, texts, None
+    model, grammar = found.model, constrained.grammar(**asked.form)
+    held = constrained.matcher(model.tokenizer, model.config.vocab_size, grammar, ends)
+    return prompts, texts, held
 
 
 def _before(prompts: Sequence[np.ndarray], i: int) -> int:
