@@ -388,6 +388,13 @@ def test_rows_are_chosen_each_in_its_own_way():
     assert together[0] == logits[0].argmax() and together[5] == logits[5].argmax()
 
 
+def test_the_likeliest_is_numpys_argmax():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-3, 4, (50, 33)).astype(np.float32)  # with ties
+    logits[:3] = -np.inf
+    np.testing.assert_array_equal(sampling.likeliest(logits), logits.argmax(axis=-1))
+
+
 def test_penalties_and_bias_by_their_definitions():
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 2, 30).astype(np.float32)

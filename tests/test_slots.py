@@ -213,7 +213,10 @@ def test_what_was_read_once_is_not_read_again():
 
 
 def spoilt(engine: Slots, row: int, slot: int) -> None:
-    engine._cache = jax.tree.map(lambda a: a.at[row, slot].set(jnp.nan), engine._cache)
+    engine._cache = tuple(
+        (keys.at[row, ..., slot].set(jnp.nan), values.at[row, :, slot].set(jnp.nan))
+        for keys, values in engine._cache
+    )
 
 
 def test_a_spoilt_row_is_read_again_and_its_neighbours_do_not_notice():
@@ -326,7 +329,7 @@ def test_eight_devices_say_what_one_says():
         engine = Slots(LLAMA, there, 3, CONTEXT)
         assert ids(answers(engine, wanted)) == want
     keys = engine._cache[0][0]
-    assert {s.data.shape for s in keys.addressable_shards} == {(4, keys.shape[1], 1, 4)}
+    assert {s.data.shape for s in keys.addressable_shards} == {(4, 1, 4, keys.shape[3])}
 
 
 def test_longer_prompts_seldom_compile_again():

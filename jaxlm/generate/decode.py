@@ -231,7 +231,7 @@ class Begun(NamedTuple):
     """
 
     memory: Memory | None  # each layer's apart
-    cache: tuple[Cache, ...]  # each layer's, [b, t + new, g, k]
+    cache: tuple[Cache, ...]  # each layer's, with t + new slots
     segments_bs: jax.Array
     lengths_b: jax.Array
     last_b: jax.Array  # int32, what the first step feeds
@@ -281,19 +281,21 @@ def _start(config: ModelConfig, params: Params, prompts: Prompts) -> tuple[Promp
 def _prefill(
     config: ModelConfig, laid: Params, prompts: Prompts, memory: Memory | None, new: int
 ) -> tuple[tuple[Cache, ...], jax.Array]:
-    """Each layer's keys and values of the prompts, [b, t + new, g, k]; their segments [b, t]."""
+    """Each layer's cache with the prompts and `new` more slots; their segments [b, t]."""
     tokens_bt = prompts.tokens_bt
     positions_bt, segments_bt = _left_padded(prompts)
-    shape = (*tokens_bt.shape, config.kv_heads, config.head_dim)
-    sharding = spec(("batch", "seq", "kv_heads", "d_head"))
-    empty = jnp.zeros(shape, transformer.compute_dtype(config), out_sharding=sharding)
+    b, t = tokens_bt.shape
+    by_head, dtype = spec(("batch", "kv_heads", None, None)), transformer.compute_dtype(config)
+    g, k = config.kv_heads, config.head_dim
+    empty = [jnp.zeros(n, dtype, out_sharding=by_head) for n in ((b, g, k, t), (b, g, t, k))]
     # As many slots as queries: attention then skips the upper triangle. Room comes afterwards.
     _, cache = transformer.hidden_cached(
         config, laid, tokens_bt, positions_bt, segments_bt, segments_bt, 0,
-        [(empty, empty)] * config.n_layers, memory, _prefix(config, segments_bt),
+        [tuple(empty)] * config.n_layers, memory, _prefix(config, segments_bt),
     )  # fmt: skip
-    room = [(0, 0), (0, new), (0, 0), (0, 0)]
-    return jax.tree.map(lambda a: jnp.pad(a, room), cache), segments_bt
+    no, room = (0, 0), (0, new)
+    wider = [(jnp.pad(k, [no, no, no, room]), jnp.pad(v, [no, no, room, no])) for k, v in cache]
+    return tuple(wider), segments_bt
 
 
 @functools.lru_cache(maxsize=64)

@@ -172,7 +172,7 @@ def choose(
     """
     if method.alters:
         logits_bv = jax.vmap(altered)(logits_bv, knobs, said)
-    best_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+    best_b = likeliest(logits_bv)
     if not method.draws:
         return best_b
 
@@ -184,13 +184,21 @@ def choose(
         warm = jnp.where(k.temperature > 0, k.temperature, 1.0)
         if not method.filters:
             # As `ranked` has it, to the last bit: other rows' filters change no draw.
-            return jnp.argmax((logits_v - jnp.max(logits_v)) / warm + noise_v)
+            return likeliest((logits_v - jnp.max(logits_v)) / warm + noise_v)
         order_v, kept_v = ranked(logits_v, warm, k.top_k, k.top_p, k.min_p)
         kept_v = typical(kept_v, k.typical_p) if method.typical else kept_v
-        return order_v[jnp.argmax(kept_v + noise_v[order_v])]
+        return order_v[likeliest(kept_v + noise_v[order_v])]
 
     drawn_b = jax.vmap(draw)(logits_bv, streams_b2, positions_b, knobs).astype(jnp.int32)
     return jnp.where(knobs.temperature > 0, drawn_b, best_b)
+
+
+def likeliest(logits: jax.Array) -> jax.Array:
+    """int32 [...] of float32 [..., v]: the largest, of equals the first. As argmax, which a CPU
+    finds one number at a time (docs/performance.md)."""
+    ids_v = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == best, ids_v, ids_v[-1]), axis=-1)
 
 
 def log_probs(logits_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
@@ -201,7 +209,7 @@ def log_probs(logits_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
 def shares(method: Method, logits_v: jax.Array, knobs: Knobs) -> jax.Array:
     """Float32 [v]: with what probability `choose` takes each token of one row, unaltered."""
     if not method.draws:
-        return jax.nn.one_hot(jnp.argmax(logits_v), logits_v.size)
+        return jax.nn.one_hot(likeliest(logits_v), logits_v.size)
     if not method.filters:
         return jax.nn.softmax(logits_v / knobs.temperature)
     order_v, kept_v = ranked(logits_v, *knobs[:4])
@@ -212,7 +220,7 @@ def shares(method: Method, logits_v: jax.Array, knobs: Knobs) -> jax.Array:
 def drawn(key: jax.Array, share_v: jax.Array) -> jax.Array:
     """int32: a token, with these probabilities or what is proportional to them."""
     noise_v = jax.random.gumbel(key, share_v.shape)
-    return jnp.argmax(jnp.log(share_v) + noise_v).astype(jnp.int32)
+    return likeliest(jnp.log(share_v) + noise_v)
 
 
 def altered(logits_v: jax.Array, knobs: Knobs, said: Said) -> jax.Array:

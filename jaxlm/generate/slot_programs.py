@@ -44,7 +44,7 @@ def reader(config: ModelConfig, visible: int, devices: Any) -> Any:
     del devices
 
     def read(laid: Params, cache: Any, row: Any, tokens_t: Any, start: Any) -> Any:
-        t, context = tokens_t.shape[0], cache[0][0].shape[1] - CHUNKS[-1]
+        t, context = tokens_t.shape[0], cache[0][0].shape[-1] - CHUNKS[-1]
         at_bt = jnp.minimum(start + jnp.arange(t, dtype=jnp.int32), context - 1)[None]
         segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, visible), jnp.int32)
         given = laid, tokens_t[None], at_bt, *segments, start[None], cache
@@ -81,7 +81,13 @@ def copier(visible: int, devices: Any) -> Any:
     del devices
 
     def copy(cache: Any, source: Any, target: Any) -> Any:
-        return jax.tree.map(lambda a: _with_row(a, target, _of_row(a, source, visible)), cache)
+        def one(a: jax.Array, slots_at: int) -> jax.Array:
+            shape = [1, *a.shape[1:]]
+            shape[slots_at] = visible
+            part = jax.lax.dynamic_slice(a, (source, 0, 0, 0), shape)
+            return jax.lax.dynamic_update_slice(a, part, (target, 0, 0, 0))
+
+        return tuple((one(keys, 3), one(values, 2)) for keys, values in cache)
 
     return jax.jit(copy, donate_argnums=(0,))
 
@@ -104,11 +110,3 @@ def noter(devices: Any) -> Any:
         lambda said, row, new: jax.tree.map(lambda a, x: a.at[row].set(x[0]), said, new),
         donate_argnums=(0,),
     )
-
-
-def _of_row(a: jax.Array, row: Any, visible: int) -> jax.Array:
-    return jax.lax.dynamic_slice(a, (row, 0, 0, 0), (1, visible, *a.shape[2:]))
-
-
-def _with_row(a: jax.Array, row: Any, part: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(a, part, (row, 0, 0, 0))

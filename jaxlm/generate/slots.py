@@ -107,12 +107,13 @@ class Slots:
         self.read = self.reused = 0  # tokens of prompts: computed, found in the cache
 
     def _empty(self) -> Any:
-        """Each layer's keys and values [n + 1, s, g, k], the last row for what fills steps up."""
-        # Room for the padding of the last chunk.
-        shape = self.n + 1, self.context + CHUNKS[-1], self.config.kv_heads, self.config.head_dim
-        dtype, where = transformer.compute_dtype(self.config), _on((None, None, "kv_heads", None))
-        zeros = functools.partial(jnp.zeros, shape, dtype, device=where)
-        return tuple((zeros(), zeros()) for _ in range(self.config.n_layers))
+        """Each layer's cache of n + 1 rows, the last one for what fills steps up."""
+        s = self.context + CHUNKS[-1]  # room for the padding of the last chunk
+        rows, g, k = self.n + 1, self.config.kv_heads, self.config.head_dim
+        dtype, where = transformer.compute_dtype(self.config), _on((None, "kv_heads", None, None))
+        zeros = functools.partial(jnp.zeros, dtype=dtype, device=where)
+        each = range(self.config.n_layers)
+        return tuple((zeros((rows, g, k, s)), zeros((rows, g, s, k))) for _ in each)
 
     # ---------------------------------------------------------------------------- joining, leaving
 

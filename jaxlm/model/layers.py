@@ -22,7 +22,8 @@ from jaxlm.model.positions import Rope, rotate
 from jaxlm.model_config import GATED
 
 Cache = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, [b, s, g, k] each."""
+"""Keys [b, g, k, s] and values [b, g, s, k] of one layer: as the two products of attention read
+them, or else each step turns all of them round."""
 
 
 class Memory(NamedTuple):
@@ -89,8 +90,8 @@ class Attention(nnx.Module):
         if context.rope is not None:
             q_bthk, k_bsgk = rotate(q_bthk, context.rope), rotate(k_bsgk, context.rope)
         if cache is not None:
-            cache = put(cache[0], k_bsgk, context), put(cache[1], v_bsgk, context)
-            k_bsgk, v_bsgk = (held(a, context) for a in cache)
+            cache = put(cache, k_bsgk, v_bsgk, context)
+            k_bsgk, v_bsgk = held(cache, context)
 
         def see(v_bsgk: jax.Array) -> jax.Array:
             return attend(
@@ -143,22 +144,35 @@ class Attention(nnx.Module):
         return plus(y_btd, self.out_bias) if self.has_bias else y_btd
 
 
-def put(cache_csgk: jax.Array, new_btgk: jax.Array, context: Context) -> jax.Array:
-    """The cache with `new` in slots offset … offset + t, of all rows or of `context.rows`."""
-    new_btgk, offset = new_btgk.astype(cache_csgk.dtype), context.offset
+def put(cache: Cache, k_btgk: jax.Array, v_btgk: jax.Array, context: Context) -> Cache:
+    """The cache with new keys and values in slots offset … offset + t, of all rows or of
+    `context.rows`."""
+    keys_cgks, values_cgsk = cache
+    k_btgk, v_btgk = k_btgk.astype(keys_cgks.dtype), v_btgk.astype(values_cgsk.dtype)
     if context.rows is None:
-        return jax.lax.dynamic_update_slice(cache_csgk, new_btgk, (0, offset, 0, 0))
-    at_bt = jnp.reshape(offset, (-1, 1)) + jnp.arange(new_btgk.shape[1])
-    return cache_csgk.at[context.rows[:, None], at_bt].set(new_btgk)
+        k_bgkt, v_bgtk = k_btgk.transpose(0, 2, 3, 1), v_btgk.transpose(0, 2, 1, 3)
+        return (
+            jax.lax.dynamic_update_slice(keys_cgks, k_bgkt, (0, 0, 0, context.offset)),
+            jax.lax.dynamic_update_slice(values_cgsk, v_bgtk, (0, 0, context.offset, 0)),
+        )
+    rows_b1 = context.rows[:, None]
+    at_bt = jnp.reshape(context.offset, (-1, 1)) + jnp.arange(k_btgk.shape[1])
+    return (
+        keys_cgks.at[rows_b1, :, :, at_bt].set(k_btgk),
+        values_cgsk.at[rows_b1, :, at_bt].set(v_btgk),
+    )
 
 
-def held(cache_csgk: jax.Array, context: Context) -> jax.Array:
-    """[b, s, g, k]: what the cache's rows hold, in as many slots as there are segments."""
-    if context.rows is None:
-        return cache_csgk
-    layout = spec(("batch", "seq", "kv_heads", None))
-    seen = cache_csgk[:, : context.segments_bs.shape[1]]
-    return seen.at[context.rows].get(out_sharding=layout)
+def held(cache: Cache, context: Context) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [b, s, g, k] that the cache's rows hold, in as many slots as there are
+    segments."""
+    keys_bgks, values_bgsk = cache
+    if context.rows is not None:
+        s = context.segments_bs.shape[1]
+        layout = spec(("batch", "kv_heads", None, None))
+        keys_bgks = keys_bgks[..., :s].at[context.rows].get(out_sharding=layout)
+        values_bgsk = values_bgsk[:, :, :s].at[context.rows].get(out_sharding=layout)
+    return keys_bgks.transpose(0, 3, 1, 2), values_bgsk.transpose(0, 2, 1, 3)
 
 
 def weights_of(see: Callable[[jax.Array], jax.Array], like_bsgk: jax.Array) -> jax.Array:

@@ -199,7 +199,8 @@ def hidden_cached(
     prefix_bt: jax.Array | None = None,
     rows_b: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """As `hidden`; keys, values go to slots offset … offset + t of `cache` [l, b, s, g, k].
+    """As `hidden`; keys and values go to slots offset … offset + t of `cache`, each layer's
+    (`layers.Cache`) in one stack.
 
     Where `params["layers"]` is a tuple of each layer's weights, so are `cache`, which comes back
     so, and the keys and values of `memory`. `memory`: of an encoder–decoder, from `remember`.
