@@ -177,6 +177,16 @@ def test_nothing_of_a_text_runs(
     assert page.run("window.bad") is None and page.complaints() == []
 
 
+def test_sources_are_shown_as_text(page: chromium.Page) -> None:
+    source = {"document": PAYLOADS[4], "heading": PAYLOADS[5], "text": PAYLOADS[1]}
+    answer = {"model": "tiny", "text": "so", "pieces": [], "error": "", "sources": [source]}
+    turns = json.dumps([{"user": "why?", "answers": [answer]}])
+    page.run(f"$('new').click(); state.turns = {turns}; show()")
+    shown = page.run("[...$('talk').querySelector('details').children].map(e => e.textContent)")
+    assert shown == [f"{PAYLOADS[4]} – {PAYLOADS[5]}", PAYLOADS[1]]
+    assert page.run("window.bad") is None and page.complaints() == []
+
+
 def test_two_models_side_by_side_on_a_phone(page: chromium.Page, served: Served) -> None:
     page.send(
         "Emulation.setDeviceMetricsOverride",

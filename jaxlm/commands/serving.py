@@ -25,6 +25,16 @@ def _flags_serve(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("context", None, "tokens of prompt and answer", 1, flag_values=values)
     flags.DEFINE_integer("queue", 64, "requests that may wait", 0, flag_values=values)
     flags.DEFINE_float("grace", 30.0, "seconds to finish in after SIGTERM", 0, flag_values=values)
+    _flags_documents(values)
+
+
+def _flags_documents(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "documents", None, "folder of .md and .txt that answers come from", flag_values=values
+    )
+    flags.DEFINE_string(
+        "embedder", None, "the model that finds what is near in them", flag_values=values
+    )
 
 
 def _flags_chat(values: flags.FlagValues) -> None:
@@ -36,6 +46,7 @@ def _flags_chat(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_new_tokens", 256, "of an answer", 1, flag_values=values)
     sampling_flags(values, seed="another each time unless given")
     flags.DEFINE_boolean("json", False, "answers as rows of JSON", flag_values=values)
+    _flags_documents(values)
 
 
 def _named(given: list[str]) -> dict[str, str]:
@@ -55,7 +66,7 @@ def _serve(values: Flags, overrides: list[tuple[str, str]]) -> int:
     models = _named(values["model"])
     from jaxlm import api
 
-    same = ("host", "port", "rows", "context", "queue")
+    same = ("host", "port", "rows", "context", "queue", "documents", "embedder")
     return api.serve(
         models,
         token=os.environ.get("JAXLM_TOKEN", "") if values["token"] is None else values["token"],
@@ -72,7 +83,7 @@ def _chat(values: Flags, overrides: list[tuple[str, str]]) -> int:
     [(name, source)] = _named([values["model"]]).items()
     from jaxlm import api
 
-    same = ("system", "context", "max_new_tokens", "stop")
+    same = ("system", "context", "max_new_tokens", "stop", "documents", "embedder")
     api.chat(
         source,
         name,

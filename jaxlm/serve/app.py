@@ -136,9 +136,12 @@ class _Form:
         self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time())}
         self.head |= {"model": model}
         self._offsets: dict[int, int] = {}
+        found = asking.read.sources  # which OpenAI's answers do not have
+        self.sources = {} if found is None else {"sources": [one.row for one in found]}
 
     def echo(self, index: int) -> str:
-        return self.asking.texts[index // self.asking.copies] if self.asking.texts else ""
+        texts = self.asking.read.texts
+        return texts[index // self.asking.copies] if texts else ""
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -173,7 +176,8 @@ class _Form:
                 one["text"] = self.echo(piece.index) + piece.text
             choices.append(one)
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices, "usage": self.asking.usage}
+        more = {"usage": self.asking.usage, **self.sources}
+        return {**self.head, "object": kind, "choices": choices, **more}
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
         if self.chat:
@@ -184,7 +188,7 @@ class _Form:
 
 
 async def _whole(form: _Form, asking: Asking) -> dict[str, Any]:
-    whole = [Piece(i, "", []) for i in range(len(asking.call.jobs))]
+    whole = [Piece(i, "", []) for i in range(asking.answers)]
     async with contextlib.aclosing(asking.pieces()) as pieces:
         async for piece in pieces:
             one = whole[piece.index]
@@ -199,9 +203,9 @@ async def _events(form: _Form, asking: Asking, counted: bool) -> AsyncIterator[s
     more: dict[str, Any] = {"usage": None} if counted else {}
     try:
         async with contextlib.aclosing(asking.pieces()) as pieces:
-            for i in range(len(asking.call.jobs)):
+            for i in range(asking.answers):
                 if form.chat or form.echo(i):
-                    yield _event(form.chunk([form.begin(i)], **more))
+                    yield _event(form.chunk([form.begin(i)], **more, **form.sources))
             async for piece in pieces:
                 yield _event(form.chunk([form.piece(piece)], **more))
         if counted:

@@ -18,6 +18,7 @@ from jaxlm.generate.slots import Request
 from jaxlm.generate.watch import token_text
 from jaxlm.language_model import LanguageModel
 from jaxlm.schema import UserError, hint
+from jaxlm.serve.documents import NOTHING, Documents, Found, grounded
 from jaxlm.serve.engine import Broken, Call, Engine
 from jaxlm.serve.guard import Refused
 from jaxlm.serve.metrics import Metrics
@@ -39,15 +40,19 @@ class Served:
 
     engine: Engine
     ends: frozenset[int] = field(default_factory=frozenset)  # of an answer in a conversation
+    documents: Documents | None = None  # that answers in a conversation come from
 
     @property
     def model(self) -> LanguageModel:
         return self.engine.model
 
 
-def served(engine: Engine) -> Served:
+def served(engine: Engine, documents: Documents | None = None) -> Served:
+    """Raises UserError for documents that a model without a chat template is to read."""
     model = engine.model
-    return Served(engine, chat.ends_of_turn(model.tokenizer, model.chat))
+    if documents is not None and model.chat is None:
+        raise UserError("documents: expected a model with a chat template")
+    return Served(engine, chat.ends_of_turn(model.tokenizer, model.chat), documents)
 
 
 @dataclass
@@ -61,13 +66,27 @@ class Piece:
 
 
 @dataclass
+class Reading:
+    """What a model is asked."""
+
+    prompts: list[np.ndarray]
+    texts: list[str] = field(default_factory=list)  # of the prompts, where they are to be repeated
+    matcher: Any = None  # what holds answers to a form
+    sources: list[Found] | None = None  # passages they come from, where there are documents
+
+    @property
+    def nothing(self) -> bool:
+        """Whether to say that nothing was found, in place of the model."""
+        return self.sources == [] and self.matcher is None
+
+
+@dataclass
 class Asking:
     """A request under way: its answers' pieces as they come."""
 
     name: str
     served: Served
-    prompts: list[np.ndarray]
-    texts: list[str]  # of the prompts, where they are to be repeated
+    read: Reading
     copies: int
     call: Call
     stops: list[str]
@@ -77,8 +96,12 @@ class Asking:
     generated: int = 0
 
     @property
+    def answers(self) -> int:
+        return self.copies * len(self.read.prompts)
+
+    @property
     def usage(self) -> dict[str, int]:
-        asked = sum(map(len, self.prompts))
+        asked = 0 if self.read.nothing else sum(map(len, self.read.prompts))
         return {
             "prompt_tokens": asked,
             "completion_tokens": self.generated,
@@ -87,10 +110,13 @@ class Asking:
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Raises Broken where an answer came to no end."""
+        if self.read.nothing:
+            for i in range(self.answers):
+                yield Piece(i, NOTHING, [], "stop")
+            return
         words, ends = self.served.model.tokenizer, self.call.jobs[0].request.ends
-        writers = [
-            Writer(words, prompt, self.stops) for prompt in self.prompts for _ in range(self.copies)
-        ]
+        each = [prompt for prompt in self.read.prompts for _ in range(self.copies)]
+        writers = [Writer(words, prompt, self.stops) for prompt in each]
         waits: list[list[Said]] = [[] for _ in writers]
         name, seen = self.name, False
         try:
@@ -154,41 +180,40 @@ class Service:
         loop, top = asyncio.get_running_loop(), asked.top
         stops, sampling = asked.stops, asked.sampling
         ends = frozenset({found.model.tokenizer.eos_id}) | (found.ends if talk else frozenset())
-        given = found, asked, ends
-        prompts, texts, matcher = await loop.run_in_executor(self._reader, _read, *given)
+        read = await loop.run_in_executor(self._reader, _read, found, asked, ends)
         most = asked.max_tokens
         if isinstance(asked, Chat) and asked.max_completion_tokens is not None:
             most = asked.max_completion_tokens
-        context, longest = found.engine.context, max(map(len, prompts))
+        context, longest = found.engine.context, max(map(len, read.prompts))
         if most is None:
             most = max(1, context - longest + 1) if talk else FEW
         if longest + most - 1 > context:
             message = f"prompt: {longest} tokens and {most} new ones; the context is {context}"
             raise Refused(400, message, "context_length_exceeded")
-        more = top or 0, matcher
+        more = top or 0, read.matcher
         requests = [
-            Request(prompt, most, sampling, ends, _before(prompts, i) * asked.n + j, *more)
-            for i, prompt in enumerate(prompts)
+            Request(prompt, most, sampling, ends, _before(read.prompts, i) * asked.n + j, *more)
+            for i, prompt in enumerate(read.prompts)
             for j in range(asked.n)
         ]
-        call = found.engine.ask(requests)
-        self.metrics.prompt.labels(asked.model).inc(sum(map(len, prompts)))
-        return Asking(asked.model, found, prompts, texts, asked.n, call, stops, top, self.metrics)
+        call = found.engine.ask([] if read.nothing else requests)
+        asking = Asking(asked.model, found, read, asked.n, call, stops, top, self.metrics)
+        self.metrics.prompt.labels(asked.model).inc(asking.usage["prompt_tokens"])
+        return asking
 
 
-def _read(
-    found: Served, asked: Completion | Chat, ends: frozenset[int]
-) -> tuple[list[np.ndarray], list[str], Any]:
-    """Prompts, with `echo` their texts, and what holds answers to a form. Raises UserError."""
+def _read(found: Served, asked: Completion | Chat, ends: frozenset[int]) -> Reading:
+    """Raises UserError."""
+    model = found.model
     if isinstance(asked, Chat):
-        prompts, texts = conversation_ids(found, asked)
+        read = _conversation(found, asked)
     else:
-        prompts, texts = completion_ids(found, asked)
-    if not asked.form:
-        return prompts, texts, None
-    model, grammar = found.model, constrained.grammar(**asked.form)
-    held = constrained.matcher(model.tokenizer, model.config.vocab_size, grammar, ends)
-    return prompts, texts, held
+        read = _completion(model, asked)
+    if asked.form:
+        grammar = constrained.grammar(**asked.form)
+        given = model.tokenizer, model.config.vocab_size, grammar, ends
+        read.matcher = constrained.matcher(*given)
+    return read
 
 
 def _before(prompts: Sequence[np.ndarray], i: int) -> int:
@@ -196,17 +221,23 @@ def _before(prompts: Sequence[np.ndarray], i: int) -> int:
     return sum(np.array_equal(prompts[i], other) for other in prompts[:i])
 
 
-def conversation_ids(found: Served, asked: Chat) -> tuple[list[np.ndarray], list[str]]:
-    """Token ids of a conversation, up to where the assistant's turn begins. Raises UserError."""
-    template = found.model.chat
+def _conversation(found: Served, asked: Chat) -> Reading:
+    """Up to where the assistant's turn begins; with the passages that the last message is near
+    to."""
+    template, turns, sources = found.model.chat, asked.turns, None
     if template is None:
         raise UserError(f"model: {asked.model!r} has no chat template; use /v1/completions")
-    return [chat.asked(found.model.tokenizer, template, asked.turns)], []
+    if found.documents is not None and turns[-1]["role"] == "user":
+        question = turns[-1]["content"]
+        sources = found.documents.nearest(question)
+        if sources:
+            turns[-1] = {"role": "user", "content": grounded(question, sources)}
+    ids = chat.asked(found.model.tokenizer, template, turns)
+    return Reading([ids], sources=sources)
 
 
-def completion_ids(found: Served, asked: Completion) -> tuple[list[np.ndarray], list[str]]:
-    """Token ids of each prompt, and with `echo` its text. Raises UserError."""
-    model, words = found.model, found.model.tokenizer
+def _completion(model: LanguageModel, asked: Completion) -> Reading:
+    words = model.tokenizer
     if asked.echo and (asked.logprobs is not None or asked.suffix):
         raise UserError("echo: not supported together with logprobs or suffix")
     prompts: list[np.ndarray] = []
@@ -220,7 +251,7 @@ def completion_ids(found: Served, asked: Completion) -> tuple[list[np.ndarray], 
     whole = [p if isinstance(p, str) else words.decode(p) for p in asked.prompts if asked.echo]
     if not all(map(len, prompts)):
         raise UserError("prompt: expected at least one token")
-    return prompts, whole
+    return Reading(prompts, whole)
 
 
 def _infill(words: Tokenizer, prefix: str, suffix: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from jaxlm.generate.sampling import Sampling
 from jaxlm.generate.slots import Request, Slots, Token
 from jaxlm.language_model import LanguageModel
 from jaxlm.schema import JaxlmError, UserError
+from jaxlm.serve.documents import NOTHING, Documents, Found, grounded
 from jaxlm.serve.writer import Writer
 
 
@@ -29,11 +30,13 @@ class Turn:
     prompt_tokens: int = 0
     tokens: int = 0
     again: int = 0  # answers drawn before this one
+    sources: list[Found] = field(default_factory=list)  # passages that it is answered from
 
 
 class Talk:
     """Turns with a model that has a chat template; of one without, a text that goes on: what is
-    asked is put at its end, on a line of its own.
+    asked is put at its end, on a line of its own. With `documents` each answer comes from their
+    passages that are nearest to what is asked, and where none is near enough it says so.
 
     Tokens that both an earlier prompt and the next one begin with are read once (`Slots`).
     """
@@ -46,7 +49,11 @@ class Talk:
         sampling: Sampling,
         stops: Sequence[str] = (),
         system: str = "",
+        documents: Documents | None = None,
     ) -> None:
+        if documents is not None and model.chat is None:
+            raise UserError("documents: expected a model with a chat template")
+        self.documents = documents
         self.model, self.most, self.sampling, self.stops = model, max_new_tokens, sampling, stops
         with jax.set_mesh(model.mesh):
             self.slots = Slots(model.config, model.params, 1, context)
@@ -106,10 +113,20 @@ class Talk:
         if self.model.chat is None:
             texts = [t.asked + t.said for t in self.turns[:-1]] + [self.turns[-1].asked]
             return self.model.read(["\n".join(texts)], None)[0]
-        return chat.asked(self.model.tokenizer, self.model.chat, self.messages()[:-1])
+        *before, last = self.messages()[:-1]
+        if self.turns[-1].sources:
+            last = {**last, "content": grounded(last["content"], self.turns[-1].sources)}
+        return chat.asked(self.model.tokenizer, self.model.chat, [*before, last])
 
     def _answer(self) -> Iterator[str]:
-        turn, prompt = self.turns[-1], self._prompt()
+        turn = self.turns[-1]
+        if self.documents is not None:
+            turn.sources = self.documents.nearest(turn.asked)
+            if not turn.sources:
+                turn.said, turn.finish, turn.prompt_tokens, turn.tokens = NOTHING, "stop", 0, 0
+                yield NOTHING
+                return
+        prompt = self._prompt()
         room = self.slots.context - len(prompt) + 1
         if room < 1:
             raise UserError(

@@ -134,13 +134,18 @@ class Terminal:
                 break
         turn = self.talk.turns[-1]
         if self.rows:
-            row = {
+            row: dict[str, Any] = {
                 "prompt": turn.asked, "text": turn.said, "finish_reason": turn.finish,
                 "prompt_tokens": turn.prompt_tokens, "completion_tokens": turn.tokens,
             }  # fmt: skip
+            if self.talk.documents is not None:
+                row["sources"] = [found.row for found in turn.sources]
             print(json.dumps(row, ensure_ascii=False), flush=True)
             return
         print(flush=True)
+        if turn.sources:
+            names = dict.fromkeys(found.passage.document for found in turn.sources)
+            self._tell(f"(from {', '.join(names)})")
         if self.live and turn.finish != "stop":
             self._tell(f"({turn.finish}: {turn.tokens} tokens)")
 

@@ -1,8 +1,9 @@
 // All text of people and models goes in by textContent or value, never as HTML.
 const $ = id => document.getElementById(id), KEY = "jaxlm.chat/1";
 const FIELDS = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed", "model", "second"];
-// turns: [{user: text, answers: [{model, text, pieces, error}]}]; pieces, where probabilities are
-// asked for: [{text, said: [{text, p, top}]}], whole characters and the tokens they are made of
+// turns: [{user: text, answers: [{model, text, pieces, error, sources}]}]; pieces, where
+// probabilities are asked for: [{text, said: [{text, p, top}]}], whole characters and the tokens
+// they are made of; sources, of a model with documents: [{document, heading, text}]
 const state = {language: navigator.language.startsWith("ja") ? "ja" : "en", turns: [], fields: {}};
 let models = [], running = null;
 const views = new WeakMap(); // answer → where its text is
@@ -100,6 +101,11 @@ function shown(answer) {
     text.append(...answer.pieces.map(token));
     text.firstChild.tabIndex = 0; // one stop of the Tab key; arrows move within
   } else text.textContent = answer.text;
+  for (const source of answer.sources ?? []) {
+    const one = make("details", "", "source"), where = [source.document, source.heading];
+    one.append(make("summary", where.filter(Boolean).join(" – ")), make("div", source.text));
+    box.append(one);
+  }
   if (answer.error) box.append(make("p", answer.error, "error"));
   views.set(answer, text);
   return box;
@@ -174,6 +180,7 @@ async function ask(answer, k, signal) {
 
 function heard(answer, said) {
   if (said.error) throw new Error(said.error.message);
+  if (said.sources) answer.sources = said.sources;
   const choice = said.choices[0], piece = choice?.delta.content ?? "";
   answer.text += piece;
   const tokens = (choice?.logprobs?.content ?? []).map(row => ({
