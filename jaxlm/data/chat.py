@@ -7,6 +7,7 @@ messages and names of special tokens, nothing else.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -141,8 +142,55 @@ def conversation(
 
 
 def asked(words: Tokenizer, template: ChatTemplate, messages: Sequence[Message]) -> np.ndarray:
-    """Token ids [t] of a conversation, up to where the assistant's turn begins."""
-    return encoded(words, template.text(messages, ask=True))[0]
+    """Token ids [t] of a conversation, up to where the assistant's turn begins.
+
+    Special tokens are those that the template writes. One that a message spells stays text, so that
+    nobody ends his own turn and speaks in another's name: it is rendered as a twin, a token that is
+    known here alone, and what the twin stands for is read as text.
+    """
+    told = [{**m, "content": _twinned(words, m["content"])} for m in messages]
+    text = template.text(told, ask=True)
+    if told == list(messages):
+        return encoded(words, text)[0]
+    inner, spelled = _twins(words)
+    ids = inner.encode(text, add_special_tokens=False).ids
+    return np.concatenate([spelled.get(i, np.array([i], np.int32)) for i in ids])
+
+
+def _twinned(words: Tokenizer, content: str) -> str:
+    """With a twin in place of each special token."""
+    ids, offsets = encoded(words, content)
+    special = special_tokens(words)
+    for i, (low, high) in reversed(list(zip(ids.tolist(), offsets, strict=True))):
+        if i in special:
+            part = content[low:high]  # with blanks around it that some tokens take in
+            left, right = part[: len(part) - len(part.lstrip())], part[len(part.rstrip()) :]
+            content = content[:low] + left + _twin(i) + right + content[high:]
+    return content
+
+
+def _twin(i: int) -> str:
+    return f"\U0010fff0{i}\U0010fff1"
+
+
+@functools.lru_cache(maxsize=8)
+def _twins(words: Any) -> tuple[Any, dict[int, np.ndarray]]:
+    """A tokenizer that knows twins, and what each of them stands for, as text."""
+    from tokenizers import AddedToken
+
+    inner = type(words.inner).from_str(words.inner.to_str())
+    inner.encode_special_tokens = False
+    special = special_tokens(words)
+    inner.add_special_tokens([AddedToken(_twin(i), normalized=False) for i in special])
+    return inner, {inner.token_to_id(_twin(i)): words.encode(s) for i, s in special.items()}
+
+
+def special_tokens(words: Tokenizer) -> dict[int, str]:
+    """The special tokens that text may spell, by id."""
+    if not isinstance(words, Subword):
+        return {}
+    added = words.inner.get_added_tokens_decoder()
+    return {i: token.content for i, token in added.items() if token.special}
 
 
 def ends_of_turn(words: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
@@ -154,6 +202,6 @@ def ends_of_turn(words: Tokenizer, template: ChatTemplate | None) -> frozenset[i
     after = template.text([*asks, {"role": "assistant", "content": "b"}])
     if not after.startswith(before):
         return frozenset()
-    special = {i for i, t in words.inner.get_added_tokens_decoder().items() if t.special}
+    special = special_tokens(words)
     ids, _ = encoded(words, after[len(before) :])
     return frozenset([i for i in ids.tolist() if i in special][:1])
