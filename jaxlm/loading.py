@@ -12,8 +12,9 @@ import numpy as np
 from jaxlm import job, mesh
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data import chat, pretrained, tokenizer
+from jaxlm.data.chat import ChatTemplate
 from jaxlm.evaluate.reading import Pooling
-from jaxlm.files import read_json
+from jaxlm.files import read_json, write_json
 from jaxlm.language_model import LanguageModel
 from jaxlm.model import transformer
 from jaxlm.model.hf import export as hf
@@ -56,7 +57,24 @@ def of_run(folder: Path, devices: MeshConfig | None = None) -> LanguageModel:
             params = jax.jit(partial(parameters.whole, config))(params, base)
     named = folder / "labels.json"
     labels = tuple(read_json(named, "labels")["labels"]) if named.exists() else ()
-    return LanguageModel(words, config.model, params, on, labels=labels)
+    bos_id, template = _kept(folder)
+    read = words, config.model, params, on
+    return LanguageModel(*read, bos_id=bos_id, labels=labels, chat=template)
+
+
+def keep(folder: Path, bos_id: int | None, template: ChatTemplate | None) -> None:
+    """Writes into a run's folder how it reads texts and conversations: as what it began with."""
+    spelled = template and {"source": template.source, "tokens": template.tokens}
+    kept = {"format": "jaxlm.reading/1", "bos_id": bos_id, "chat": spelled}
+    write_json(folder / "reading.json", kept)
+
+
+def _kept(folder: Path) -> tuple[int | None, ChatTemplate | None]:
+    path = folder / "reading.json"
+    if not path.exists():  # a run that began with nothing
+        return None, None
+    kept = read_json(path, "reading")
+    return kept["bos_id"], ChatTemplate(**kept["chat"]) if kept["chat"] else None
 
 
 def begun(config: Config, start: LanguageModel, labels: tuple[str, ...] = ()) -> Params:
@@ -111,7 +129,10 @@ def export(model: LanguageModel, out: Path, *, dtype: str = "float32", card: str
     """Writes a folder that `transformers` loads, with a model card. Raises UserError as
     `hf.export`."""
     ids = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.bos_id}
-    files = {**pretrained.as_files(model.tokenizer, model.config.seq_len), "README.md": card}
+    spelled = model.chat.tokens if model.chat else {}
+    files = pretrained.as_files(model.tokenizer, model.config.seq_len, spelled)
+    files |= {"chat_template.jinja": model.chat.source} if model.chat else {}
+    files |= {"README.md": card}
     with jax.set_mesh(model.mesh):
         return hf.export(model.config, model.params, out, files=files, ids=ids, dtype=dtype)
 

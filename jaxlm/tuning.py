@@ -20,7 +20,6 @@ from jaxlm import job, loading, mesh
 from jaxlm.config import Config, ModelConfig, validate
 from jaxlm.data import chat, examples, loader, tokenizer
 from jaxlm.data.examples import Examples, Labelled
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.units import is_spaceless
 from jaxlm.evaluate import supervised, teachers
 from jaxlm.files import write_json
@@ -41,7 +40,7 @@ class Material:
     """All that a fine-tuning run is made from."""
 
     config: Config  # with the model that is trained
-    words: Tokenizer
+    reads: LanguageModel  # without params: how texts and conversations are read
     training: Examples
     held_out: Examples
     labels: tuple[str, ...]
@@ -76,7 +75,7 @@ def material(config: Config) -> Material:
     if teacher is not None:
         mine, theirs = _taught(config, teacher, mine), _taught(config, teacher, theirs)
     mark = examples.fingerprint(found, mine.beside or ())
-    return Material(config, words, mine, theirs, labels, mark, start)
+    return Material(config, reads, mine, theirs, labels, mark, start)
 
 
 def read(config: Config) -> list[Labelled]:
@@ -211,8 +210,9 @@ def tune(
         found = run.record()
         if found is not None:
             return found
-        made.words.save(folder / "tokenizer")
+        made.reads.tokenizer.save(folder / "tokenizer")
         write_json(folder / "labels.json", {"format": "jaxlm.labels/1", "labels": made.labels})
+        loading.keep(folder, made.reads.bos_id, made.reads.chat)
         trackers = held.enter_context(Trackers(config, folder))
 
         def send(run: Run, row: dict[str, Any]) -> None:

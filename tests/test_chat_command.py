@@ -47,10 +47,9 @@ def model() -> Iterator[LanguageModel]:
 
 @pytest.fixture(scope="module")
 def folder(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model as a folder of others'."""
+    """The model as a folder of others, its chat template in it."""
     out = tmp_path_factory.mktemp("model") / "tiny"
     loading.export(model, out)
-    (out / "chat_template.jinja").write_text(serving.CHATML)
     return out
 
 

@@ -14,7 +14,7 @@ import small
 from test_main import call, refused
 
 import jaxlm
-from jaxlm import api, mesh
+from jaxlm import api, loading, mesh
 from jaxlm.config import (
     Config,
     DataConfig,
@@ -25,6 +25,7 @@ from jaxlm.config import (
     TuneConfig,
 )
 from jaxlm.data import examples
+from jaxlm.data.chat import ChatTemplate
 from jaxlm.model import lora, transformer
 from jaxlm.model.presets import preset
 from jaxlm.schema import UserError
@@ -368,6 +369,8 @@ def test_adapters_go_on_from_a_classifier(reviews: Path, trained: Path, tmp_path
     tuned = replace(c.tune, start=str(trained), lora=LoraConfig(rank=2))
     short = replace(c.train, steps=10, eval_every=10, checkpoint_every=10)
     c = replace(c, tune=tuned, train=short, model=ModelConfig())
+    template = ChatTemplate("{{ bos_token }}{{ messages[0]['content'] }}", {"bos_token": "<s>"})
+    loading.keep(trained, None, template)
     row = api.finetune(c, tmp_path / "lora")
     assert row.loss < 0.3 and row.d_model == 16
     rows = [json.loads(line) for line in (tmp_path / "lora" / "metrics.jsonl").open()]
@@ -375,6 +378,7 @@ def test_adapters_go_on_from_a_classifier(reviews: Path, trained: Path, tmp_path
     assert before[0] == 0 and before[1] >= 0.95 and after[0] == 10  # of what it began with, too
     adapted = jaxlm.from_pretrained(tmp_path / "lora")
     assert adapted.classify(["the film was fine"]).argmax() == 1
+    assert adapted.chat == template and adapted.bos_id is None  # as what it began with
     stored = list((tmp_path / "lora" / "checkpoints" / "10").rglob("*"))
     size = sum(p.stat().st_size for p in stored if p.is_file())
     full = sum(p.stat().st_size for p in trained.rglob("*") if p.is_file())

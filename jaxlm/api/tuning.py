@@ -48,6 +48,6 @@ def finetune(
         say(f"examples: {n:,} to learn from{rows}, {m:,} held out{what}")
         say(banner(made.config))
         begins = None if made.start is None else made.start.bos_id
-        watch = watching.observers(asked, made.words, made.labels, begins)
+        watch = watching.observers(asked, made.reads.tokenizer, made.labels, begins)
         row = tuning.tune(made, folder, stop, sending(mirror, progress), watch)
         return checked_row(row, folder)

@@ -152,7 +152,8 @@ def asked(words: Tokenizer, template: ChatTemplate, messages: Sequence[Message])
     text = template.text(told, ask=True)
     if told == list(messages):
         return encoded(words, text)[0]
-    inner, spelled = _twins(words)
+    known: Any = words  # hashed by identity
+    inner, spelled = _twins(known)
     ids = inner.encode(text, add_special_tokens=False).ids
     return np.concatenate([spelled.get(i, np.array([i], np.int32)) for i in ids])
 

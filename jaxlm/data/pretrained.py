@@ -136,9 +136,11 @@ _NAMES = {
 }
 
 
-def as_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
+def as_files(
+    tokenizer: Tokenizer, seq_len: int, named: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Name → text of the files from which `transformers` makes the same tokenizer; none for kinds
-    that are no tokenizer.json."""
+    that are no tokenizer.json. `named` are special tokens by their role (bos_token, …)."""
     if tokenizer.kind not in ("bytes", "subword"):
         return {}
     config: dict[str, Any] = {
@@ -151,6 +153,7 @@ def as_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
         marked = {t.content for t in inner.get_added_tokens_decoder().values() if t.special}
         known = {key: [n for n in names if n in marked] for key, names in _NAMES.items()}
         config |= {"eos_token": tokenizer.eos, **{k: v[0] for k, v in known.items() if v}}
+        config |= named or {}
     else:
         inner = _bytes()
     return {
