@@ -177,6 +177,37 @@ def test_nothing_of_a_text_runs(
     assert page.run("window.bad") is None and page.complaints() == []
 
 
+def test_a_screen_reader_is_told(page: chromium.Page) -> None:
+    """By the tree that Chromium gives it: whatever takes the focus has a name, in the order in
+    which it is seen, and an answer is read out once, whole."""
+    page.run("$('new').click(); $('settings').open = true; $('shown').checked = true")
+    fill(page, model="tiny", second="tiny", temperature=0, max_tokens=4, ask="hello")
+    page.run("$('form').requestSubmit()")
+    page.until("running === null && state.turns[0]?.answers.length", 2)
+    tree = [n for n in page.send("Accessibility.getFullAXTree")["nodes"] if not n["ignored"]]
+
+    def of(node: dict[str, Any], name: str) -> Any:
+        """A field, or a property, of a node."""
+        found = {p["name"]: p["value"] for p in node.get("properties", [])}
+        return (node.get(name) or found.get(name) or {}).get("value")
+
+    takes = [n for n in tree if of(n, "focusable") and of(n, "role") != "RootWebArea"]
+    assert len(takes) > 20 and all(of(n, "name") for n in takes)
+    roles = {of(n, "role"): of(n, "name") for n in tree}
+    assert roles["log"] == "Conversation" and {"banner", "main", "form"} <= roles.keys()
+    assert [of(n, "name") for n in tree if of(n, "role") == "article"] == ["You", "tiny", "tiny"]
+    said = page.run("state.turns[0].answers[0].text")
+    live = [n for n in tree if of(n, "live") == "polite" and of(n, "role") == "generic"]
+    assert len(live) == 1 and of(live[0], "root") is None
+    assert page.run("$('heard').textContent") == 2 * f"tiny: {said} "
+    order = []
+    page.run("$('model').focus()")
+    for _ in range(8):
+        order.append(page.run("document.activeElement.id || document.activeElement.tagName"))
+        page.press("Tab")
+    assert order[:4] == ["model", "second", "new", "language"] and "SUMMARY" in order
+
+
 def test_sources_are_shown_as_text(page: chromium.Page) -> None:
     source = {"document": PAYLOADS[4], "heading": PAYLOADS[5], "text": PAYLOADS[1]}
     answer = {"model": "tiny", "text": "so", "pieces": [], "error": "", "sources": [source]}
@@ -206,6 +237,10 @@ def test_two_models_side_by_side_on_a_phone(page: chromium.Page, served: Served)
         page.run("$('language').click()")
         words.append(page.run("$('send').textContent"))
         assert page.run("document.documentElement.scrollWidth") == 390
+        page.run("$('preset').value = 'draft'; $('preset').onchange()")
+        assert page.run("$('system').value === PRESETS.draft[state.language]")
+    page.run("$('preset').value = ''; $('preset').onchange()")
+    assert page.run("$('system').value") == ""
     assert sorted(set(words)) == ["Send", "送信"] and words[0] == words[2]
     same = "Object.keys(WORDS.en).sort().join() === Object.keys(WORDS.ja).sort().join()"
     assert page.run(same) and page.complaints() == []

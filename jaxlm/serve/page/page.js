@@ -38,10 +38,14 @@ function tell(message) { delete $("status").dataset.t; $("status").textContent =
 function translate() {
   document.documentElement.lang = state.language;
   for (const e of document.querySelectorAll("[data-t]")) e.textContent = t(e.dataset.t);
-  $("ask").placeholder = t("ask");
+  $("ask").placeholder = t("ask"); $("form").setAttribute("aria-label", t("ask"));
   $("language").textContent = t("language");
   $("language").lang = state.language === "ja" ? "en" : "ja";
+  $("talk").setAttribute("aria-label", t("talk"));
   if ($("second").options.length) $("second").options[0].textContent = t("none");
+  const uses = Object.keys(PRESETS).map(name => new Option(t(name), name)), now = $("preset").value;
+  $("preset").replaceChildren(new Option(t("none"), ""), ...uses);
+  $("preset").value = now;
   show();
 }
 
@@ -71,6 +75,7 @@ function show() {
   $("tip").hidden = true; // what it is about goes
   $("talk").replaceChildren(...state.turns.map((turn, i) => {
     const box = make("div", "", "turn"), user = make("article", "", "user");
+    user.setAttribute("aria-label", t("you"));
     user.append(make("h2", t("you")), make("div", turn.user, "text"));
     user.append(acts(["edit", () => edit(i)]));
     const pair = make("div", "", "pair");
@@ -95,9 +100,10 @@ function acts(...pairs) {
 
 function shown(answer) {
   const box = make("article"), text = make("div", "", "text");
+  box.setAttribute("aria-label", answer.model);
   box.append(make("h2", answer.model), text);
   if ($("shown").checked && answer.pieces.length) {
-    text.setAttribute("role", "group"); text.setAttribute("aria-label", t("answer"));
+    text.setAttribute("role", "listbox"); text.setAttribute("aria-label", t("answer"));
     text.append(...answer.pieces.map(token));
     text.firstChild.tabIndex = 0; // one stop of the Tab key; arrows move within
   } else text.textContent = answer.text;
@@ -114,7 +120,8 @@ function shown(answer) {
 function token(piece) {
   const found = make("span", piece.text), p = piece.said.reduce((all, one) => all * one.p, 1);
   found.dataset.p = p > .5 ? 0 : p > .1 ? 1 : 2;
-  found.tabIndex = -1;
+  found.tabIndex = -1; found.setAttribute("role", "option");
+  if (!piece.text.trim()) found.setAttribute("aria-label", JSON.stringify(piece.text));
   const row = (mark, text, share) =>
     `${mark} ${JSON.stringify(text).replaceAll("\\\\", "\\")}  ${(100 * share).toFixed(1)} %`;
   const words = piece.said.map(one => [row("●", one.text, one.p),
@@ -202,7 +209,7 @@ async function answerLast() {
   const turn = state.turns.at(-1);
   turn.answers = names.map(model => ({model, text: "", pieces: [], error: ""}));
   running = new AbortController();
-  $("send").hidden = true; $("stop").hidden = false; say("writing");
+  $("send").hidden = true; $("stop").hidden = false; $("heard").replaceChildren(); say("writing");
   show(); save(); end(); $("ask").focus();
   let word = "done";
   await Promise.all(turn.answers.map(async (answer, k) => {
@@ -215,6 +222,8 @@ async function answerLast() {
   if (document.activeElement === $("stop")) $("ask").focus(); // it goes
   $("send").hidden = false; $("stop").hidden = true; say(word);
   show(); save();
+  // Read out as a whole, by the screen reader; pieces as they come would break each word.
+  $("heard").append(...turn.answers.map(a => make("p", `${a.model}: ${a.text} ${a.error}`)));
 }
 
 function send(event) {
@@ -244,6 +253,12 @@ $("new").onclick = () => { if (!running) { state.turns = []; show(); save(); $("
 $("language").onclick = () => {
   state.language = state.language === "ja" ? "en" : "ja";
   translate(); save();
+};
+$("preset").onchange = () => {
+  const use = PRESETS[$("preset").value];
+  $("system").value = use?.[state.language] ?? "";
+  $("temperature").value = use?.temperature ?? 0.8;
+  save();
 };
 $("shown").onchange = show;
 $("token").onchange = greet;
