@@ -69,6 +69,11 @@ class Corruption:
     def ul2_spans(self, t: int) -> list[tuple[int, int]]:
         return [_spans(t, *denoiser) for denoiser in UL2]
 
+    def marks(self, vocab_size: int) -> tuple[int, int, int]:
+        """fill_in_the_middle: what stands before the prefix, the suffix and the middle."""
+        top = vocab_size - 1 if self.top_id is None else self.top_id
+        return top, top - 1, top - 2
+
     def special_ids(self, objective: str, t: int) -> int:
         """Ids that an objective needs besides those of text, for rows of `t` tokens."""
         return {

@@ -60,6 +60,7 @@ class LanguageModel:
     bos_id: int | None = None  # put before each text; our own runs saw none
     labels: tuple[str, ...] = ()  # what a classifier's outputs are called
     chat: ChatTemplate | None = None  # how it was taught to read conversations
+    infill: tuple[int, int, int] | None = None  # what a run put before prefix, suffix and middle
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Float32 [b, t, vocab] of token ids [b, t]: what may follow each of them."""

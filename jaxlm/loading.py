@@ -58,8 +58,10 @@ def of_run(folder: Path, devices: MeshConfig | None = None) -> LanguageModel:
     named = folder / "labels.json"
     labels = tuple(read_json(named, "labels")["labels"]) if named.exists() else ()
     bos_id, template = _kept(folder)
-    read = words, config.model, params, on
-    return LanguageModel(*read, bos_id=bos_id, labels=labels, chat=template)
+    read, t = (words, config.model, params, on), config.train
+    infills = t.objective == "fill_in_the_middle"
+    marks = t.corruption.marks(config.model.vocab_size) if infills else None
+    return LanguageModel(*read, bos_id=bos_id, labels=labels, chat=template, infill=marks)
 
 
 def keep(folder: Path, bos_id: int | None, template: ChatTemplate | None) -> None:

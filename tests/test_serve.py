@@ -26,7 +26,15 @@ import numpy as np
 import pytest
 import small
 
-from jaxlm import from_pretrained
+from jaxlm import api, from_pretrained
+from jaxlm.config import (
+    Config,
+    Corruption,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from jaxlm.generate import constrained, written
 from jaxlm.generate.sampling import Sampling
 from jaxlm.generate.slots import Request, Slots
@@ -203,6 +211,34 @@ def test_the_middle_is_asked_for_with_the_tokens_for_it(client: Any, model: Lang
     how = {"model": "tiny", "max_tokens": 6, "temperature": 0}
     by_ids = client.completions.create(prompt=[pre, *a, suf, *b, mid], **how).choices[0].text
     assert client.completions.create(prompt="de", suffix="fg", **how).choices[0].text == by_ids
+
+
+@pytest.mark.slow  # 50 s
+def test_a_run_that_learned_to_fill_in_fills_in(tmp_path: Path) -> None:
+    """The letters of the alphabet that stand between two others."""
+    (tmp_path / "text").mkdir()
+    abc = "abcdefghijklmnopqrstuvwxyz" * 3
+    for i in range(400):
+        (tmp_path / "text" / f"{i:03}.txt").write_text(abc[i % 26 :][: 10 + i % 17])
+    config = Config(
+        model=ModelConfig(d_model=64, n_layers=2, n_heads=4, vocab_size=259, seq_len=64),
+        data=DataConfig(sources=(str(tmp_path / "text"),), eval_fraction=0.1, max_epochs=1000),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        train=TrainConfig(steps=600, objective="fill_in_the_middle", steps_per_dispatch=50,
+                          corruption=Corruption(rate=0.9)),
+    )  # fmt: skip
+    api.train(config, tmp_path / "run")
+    model = from_pretrained(tmp_path / "run")
+    assert model.infill == (258, 257, 256)
+    with (
+        serving.serving({"abc": serving.of(model)}) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", timeout=60) as client,
+    ):
+        how: dict[str, Any] = {"model": "abc", "max_tokens": 12, "temperature": 0}
+        pairs = [("cdef", "jklm"), ("uvwx", "bcde"), ("hijklm", "pqrs"), ("abc", "ghi")]
+        said = [client.completions.create(prompt=a, suffix=b, **how).choices[0] for a, b in pairs]
+        assert [c.text for c in said] == ["ghi", "yza", "no", "def"]
+        assert {c.finish_reason for c in said} == {"stop"}
 
 
 CITY = {

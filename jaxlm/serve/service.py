@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data import chat
-from jaxlm.data.tokenizer import Subword, Tokenizer
+from jaxlm.data.tokenizer import Subword
 from jaxlm.generate import constrained
 from jaxlm.generate.slots import Request
 from jaxlm.generate.watch import token_text
@@ -245,7 +245,7 @@ def _completion(model: LanguageModel, asked: Completion) -> Reading:
         if isinstance(prompt, list):
             prompts.append(np.array(prompt, np.int32))
         elif asked.suffix:
-            prompts.append(_infill(words, prompt, asked.suffix))
+            prompts.append(_infill(model, prompt, asked.suffix))
         else:
             prompts += model.read([prompt], None)
     whole = [p if isinstance(p, str) else words.decode(p) for p in asked.prompts if asked.echo]
@@ -254,11 +254,13 @@ def _completion(model: LanguageModel, asked: Completion) -> Reading:
     return Reading(prompts, whole)
 
 
-def _infill(words: Tokenizer, prefix: str, suffix: str) -> np.ndarray:
+def _infill(model: LanguageModel, prefix: str, suffix: str) -> np.ndarray:
     """What makes a model say what stands between (Bavarian et al. 2022, "PSM")."""
-    for names in INFILL:
-        ids = [words.inner.token_to_id(n) if isinstance(words, Subword) else None for n in names]
-        if None not in ids:
+    words, marks = model.tokenizer, [model.infill]
+    if isinstance(words, Subword):
+        marks += [tuple(map(words.inner.token_to_id, names)) for names in INFILL]
+    for ids in marks:
+        if ids is not None and None not in ids:
             a, b = words.encode(prefix).tolist(), words.encode(suffix).tolist()
             return np.array([ids[0], *a, ids[1], *b, ids[2]], np.int32)
-    raise UserError("suffix: this model's tokenizer has no tokens for filling in the middle")
+    raise UserError("suffix: this model has no tokens for filling in the middle")
