@@ -129,6 +129,7 @@ def of_llama_cpp(folder: Path) -> tuple[Generate, Sum]:
 CONTENDERS = {
     "jaxlm": (of_jaxlm, "jaxlm"),
     "jaxlm, int8": (functools.partial(of_jaxlm, bits=8), "jaxlm"),
+    "jaxlm, int4": (functools.partial(of_jaxlm, bits=4), "jaxlm"),
     "transformers": (of_transformers, "transformers"),
     "llama.cpp": (of_llama_cpp, "llama_cpp"),
 }
@@ -317,7 +318,7 @@ def show(result: dict[str, Any]) -> None:
         alone = statistics.median(row["alone"])
         batch = statistics.median(row["batch"])
         first = statistics.median(row["first"]) * 1e3
-        share = "–" if "int8" in name else f"{alone * gb / read:.0%}"
+        share = "–" if ", int" in name else f"{alone * gb / read:.0%}"
         line = f"{name:<14}{alone:>8.1f}{share:>9}{batch:>10.0f}{first:>10.0f} ms"
         line += f"{min(result['same_tokens'][name].values()):>13.0%}"
         for way in ("alone", "batch"):

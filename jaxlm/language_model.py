@@ -180,11 +180,11 @@ class LanguageModel:
         with jax.set_mesh(self.mesh):
             return layout.laid_out(self.config, self.params)
 
-    def in_8_bits(self) -> LanguageModel:
-        """With the matrices of its layers as whole numbers of 8 bits and a scale for each output;
+    def in_bits(self, bits: int) -> LanguageModel:
+        """With the matrices of its layers as whole numbers of 8 or 4 bits (`model.turned`);
         embeddings, norms and experts stay as they are. To be used, not trained or exported."""
         with jax.set_mesh(self.mesh):
-            return replace(self, params=layout.laid_out(self.config, self.params, bits=8))
+            return replace(self, params=layout.laid_out(self.config, self.params, bits=bits))
 
     def _checked(self, draft: LanguageModel) -> Draft:
         if draft.tokenizer.fingerprint != self.tokenizer.fingerprint:

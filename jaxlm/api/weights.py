@@ -46,13 +46,13 @@ def from_pretrained(
     run), or else a name on the Hugging Face hub, which is fetched.
 
     It lies on one device (a run on its own mesh) unless `devices` names sizes of mesh axes, over
-    all of them. `weights`: "float32", or "int8" (`LanguageModel.in_8_bits`). Raises UserError for
-    what is not there, damaged, or not computed by these layers.
+    all of them. `weights`: "float32", or in fewer bits "int8" or "int4" (`LanguageModel.in_bits`).
+    Raises UserError for what is not there, damaged, or not computed by these layers.
     """
-    if weights not in ("float32", "int8"):
-        raise UserError(f"weights: expected float32 or int8, got {weights!r}")
+    if weights not in ("float32", "int8", "int4"):
+        raise UserError(f"weights: expected float32, int8 or int4, got {weights!r}")
     model = _read(source, devices)
-    return model.in_8_bits() if weights == "int8" else model
+    return model if weights == "float32" else model.in_bits(8 if weights == "int8" else 4)
 
 
 def _read(source: str | Path, devices: MeshConfig | None) -> LanguageModel:

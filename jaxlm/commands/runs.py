@@ -52,7 +52,7 @@ def _flags_generate(values: flags.FlagValues) -> None:
     flags.DEFINE_string("draft", None, "a small model that proposes tokens", flag_values=values)
     flags.DEFINE_string("regex", None, "what the answer must match", flag_values=values)
     flags.DEFINE_string("json_schema", None, "JSON that it must fit", flag_values=values)
-    flags.DEFINE_string("weights", "float32", "or int8: in 8 bits", flag_values=values)
+    flags.DEFINE_string("weights", "float32", "or int8, int4: in so many bits", flag_values=values)
     flags.DEFINE_boolean("json", False, "the result as JSON on stdout", flag_values=values)
 
 

@@ -15,12 +15,12 @@ import jax
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import transformer
-from jaxlm.model.parts import turned
 from jaxlm.model.transformer import Declared, Params
+from jaxlm.model.turned import turned
 
 
 def laid_out(config: ModelConfig, params: Params, rows: int = 1, bits: int = 32) -> Params:
-    """`params` with "layers" a tuple of trees, for batches of so many rows, in 32 bits or 8; as
+    """`params` with "layers" a tuple of trees, for batches of so many rows, in 32 bits, 8 or 4; as
     they are where they have been laid out already. All but the layers are the same arrays."""
     if isinstance(params["layers"], tuple):
         return params

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from jax import P
 
 from jaxlm.config import ModelConfig
 from jaxlm.mesh import spec
+from jaxlm.model.turned import Turned, times_turned
 
 
 def declare(
@@ -57,67 +57,15 @@ class Matrix(NamedTuple):
     used: P  # gathered over fsdp
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["outputs"]
-)
-@dataclass(frozen=True)
-class Turned:
-    """A matrix with its outputs first, so that a product with one vector reads it from beginning to
-    end. Axes of one side are one axis. 8 bits where there is a scale."""
-
-    values: jax.Array  # [outputs, inputs]
-    outputs: tuple[int, ...]  # the sizes of their axes
-    scale: jax.Array | None = None  # float32 [outputs]
-
-
-_FEWEST = 8  # rows of a product in 8 bits: XLA's is slow for fewer on a CPU
-
-
-def turned(w: jax.Array, axes: tuple[str, ...], bits: int = 32) -> Turned:
-    """A matrix with these logical axes. With `bits` 8 each output's weights become whole numbers
-    -127 … 127 times a scale of their own."""
-    n = _inputs(axes)
-    shape = math.prod(w.shape[:n]), math.prod(w.shape[n:])
-    w_oi = w.reshape(shape, out_sharding=spec((axes[0], axes[n]))).T
-    if bits == 32:
-        return Turned(w_oi, w.shape[n:])
-    scale_o = jnp.maximum(jnp.max(jnp.abs(w_oi), axis=1), 1e-30).astype(jnp.float32) / 127
-    return Turned(jnp.round(w_oi / scale_o[:, None]).astype(jnp.int8), w.shape[n:], scale_o)
-
-
-def _inputs(axes: tuple[str, ...]) -> int:
-    """How many of a layer's matrix's axes are its input: of those that lead back to d_model, all
-    but the last."""
-    return 1 if axes[0] == "d_model" else len(axes) - 1
-
-
 def times(formula: str, x: jax.Array, param: nnx.Param, out_spec: P) -> jax.Array:
     """`product` of activations [b, t, …] with a declared parameter, which may be `Turned`."""
     axes, w = param.get_metadata()["axes"], param.get_value()
     if not isinstance(w, Turned):
         return product(formula, x, w, spec(axes, gathered=True), out_spec)
-    outputs, inputs, (b, t) = axes[_inputs(axes)], axes[0], x.shape[:2]
+    b, t = x.shape[:2]
     x_bti = x.reshape(b, t, -1, out_sharding=P(*jax.typeof(x).sharding.spec[:3]))
-    w_oi = jax.reshard(w.values, spec((outputs, inputs), gathered=True))
-    one = P(*out_spec[:3])
-    if w.scale is None:
-        y_bto = jnp.einsum("bti,oi->bto", x_bti, w_oi.astype(x.dtype), out_sharding=one)
-    else:
-        scale_o = jax.reshard(w.scale, spec((outputs,), gathered=True))
-        y_bto = _in_8_bits(x_bti, w_oi, scale_o, one).astype(x.dtype)
+    y_bto = times_turned(x_bti, w, axes, P(*out_spec[:3]))
     return y_bto.reshape(b, t, *w.outputs, out_sharding=out_spec)
-
-
-def _in_8_bits(x_bti: jax.Array, w_oi: jax.Array, scale_o: jax.Array, out_spec: P) -> jax.Array:
-    """Float32 [b, t, o]; the activations, too, in 8 bits with a scale for each token."""
-    t = x_bti.shape[1]
-    scale_bt1 = jnp.maximum(jnp.max(jnp.abs(x_bti), axis=-1, keepdims=True), 1e-30) / 127
-    whole_bti = jnp.round(x_bti / scale_bt1).astype(jnp.int8)
-    whole_bti = jnp.pad(whole_bti, [(0, 0), (0, max(0, _FEWEST - t)), (0, 0)])
-    y_bto = jnp.einsum(
-        "bti,oi->bto", whole_bti, w_oi, preferred_element_type=jnp.int32, out_sharding=out_spec
-    )[:, :t]
-    return y_bto.astype(jnp.float32) * scale_bt1 * scale_o
 
 
 def product(
