@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.data import chat
 from jaxlm.generate.sampling import Sampling
 from jaxlm.language_model import LanguageModel
 from jaxlm.schema import UserError
@@ -78,7 +78,7 @@ import serving  # noqa: E402
 
 from jaxlm.serve.engine import Engine  # noqa: E402
 from jaxlm.serve.service import served  # noqa: E402
-from jaxlm.serve.talk import Talk  # noqa: E402
+from jaxlm.serve.talk import Talk, Turn  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,9 @@ def test_a_conversation_is_answered_from_what_is_near(
         assert "".join(c.choices[0].delta.content or "" for c in stream) == NOTHING
     talk = Talk(model, 600, 5, Sampling(0.0), documents=held)
     assert "".join(talk.ask("zebras")) == NOTHING and talk.turns[0].sources == []
+    talk.turns = [Turn(asked, "so", sources=found), Turn("and boots?", sources=[])]
+    alike = [user, {"role": "assistant", "content": "so"}, {**user, "content": "and boots?"}]
+    assert talk.messages()[:-1] == alike  # what follows sees the question alone
     talk.undo()
-    assert "".join(talk.ask(asked)) == told.choices[0].message.content
-    assert json.dumps([one.row for one in talk.turns[0].sources]) == json.dumps(told.sources)
-    assert talk.messages()[0] == user  # what follows sees the question alone
+    want = chat.asked(model.tokenizer, model.chat, [{**user, "content": put}])
+    assert talk._prompt().tolist() == want.tolist()
