@@ -181,9 +181,9 @@ def talk(model: LanguageModel, **how: Any) -> Talk:
 
 
 def test_a_model_without_a_template_goes_on_with_the_text(model: LanguageModel) -> None:
-    plain = talk(dataclasses.replace(model, chat=None))
+    plain = talk(dataclasses.replace(model, chat=None, tokenizer=serving.words()))
     plain.turns = [Turn("abc", "def"), Turn("xyz")]
-    assert model.tokenizer.decode(plain._prompt()) == "abcdef\nxyz"
+    assert serving.words().decode(plain._prompt()) == "abcdef\nxyz"
     with pytest.raises(UserError, match="no chat template"):
         plain.instruct("Be brief.")
     plain.ask("never read")  # says nothing, is nothing
