@@ -14,10 +14,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.generate import beams, decode
+from jaxlm.generate.sampling import Sampling
 
 pytestmark = [
     pytest.mark.slow,
@@ -97,6 +100,54 @@ def test_perplexity_is_that_of_transformers(smollm2, gguf_file: Path) -> None:
     want, got = float(nats.exp()), score.perplexity
     print(f"\n{len(ids)} tokens: perplexity {got:.6f}, transformers' {want:.6f}")
     assert got == pytest.approx(want, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2, gguf_file: Path):
+    """(prompt ids, settings) → the ids that transformers' `generate` says, 64 or up to the end."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    where = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    eos = smollm2.tokenizer.eos_id
+
+    def say(prompt: np.ndarray, **how) -> list[int]:
+        row = torch.tensor(np.asarray(prompt, np.int64)[None])
+        [whole] = model.generate(
+            row, attention_mask=torch.ones_like(row), max_new_tokens=64, do_sample=False,
+            eos_token_id=eos, pad_token_id=eos, **how,
+        ).tolist()  # fmt: skip
+        more = whole[len(prompt) :]
+        return more[: more.index(eos)] if eos in more else more
+
+    return say
+
+
+def passages(smollm2) -> list[np.ndarray]:
+    """32 of 4 to 40 tokens."""
+    rng = np.random.default_rng(0)
+    ids = smollm2.tokenizer.encode((Path(__file__).parents[1] / "LICENSE").read_text())
+    starts, lengths = rng.integers(0, len(ids) - 40, 32), rng.integers(4, 41, 32)
+    return [ids[i : i + n] for i, n in zip(starts, lengths, strict=True)]
+
+
+def test_32_answers_of_64_tokens_are_those_of_transformers(smollm2, theirs) -> None:
+    """In a batch and alone."""
+    given, eos, how = passages(smollm2), smollm2.tokenizer.eos_id, Sampling(0.0)
+    with jax.set_mesh(smollm2.mesh):
+        found = decode.generate(smollm2.config, smollm2.params, given, 64, eos, how)
+        for prompt, together in zip(given, found, strict=True):
+            [alone] = decode.generate(smollm2.config, smollm2._alone, [prompt], 64, eos, how)
+            assert together.tolist() == alone.tolist() == theirs(prompt)
+    print(f"\n{sum(map(len, found))} tokens of 32 greedy answers are equal")
+
+
+def test_what_beam_search_finds_is_what_transformers_finds(smollm2, theirs) -> None:
+    given, eos = passages(smollm2)[:8], smollm2.tokenizer.eos_id
+    with jax.set_mesh(smollm2.mesh):
+        found = beams.search(smollm2.config, smollm2.params, given, 64, eos, 3)
+    for prompt, [best, *_] in zip(given, found, strict=True):
+        assert best.tolist() == theirs(prompt, num_beams=3, early_stopping=False)
 
 
 # ------------------------------------------------------------------------------------------ MiniLM
