@@ -25,11 +25,13 @@ from jaxlm.generate.sampling import Sampling
 from jaxlm.language_model import LanguageModel
 from jaxlm.schema import UserError
 
-pytest.importorskip("jinja2")
+for module in ("uvicorn", "starlette", "prometheus_client", "jinja2"):
+    pytest.importorskip(module)
 
-import serving
+import serving  # noqa: E402
 
-from jaxlm.serve.talk import Talk, Turn
+from jaxlm.serve import terminal  # noqa: E402
+from jaxlm.serve.talk import Talk, Turn  # noqa: E402
 
 LONG = 2000  # tokens: longer than an answer is waited for
 FEW = 12
@@ -217,3 +219,11 @@ def test_what_others_wrote_is_not_overwritten(model: LanguageModel, tmp_path: Pa
     with pytest.raises(UserError, match=r"mine\.json: expected format"):
         kept.save(tmp_path / "mine.json", "tiny")
     assert (tmp_path / "mine.json").read_text() == "{}"
+
+
+def test_an_edit_that_cannot_be_answered_leaves_the_old_message(model: LanguageModel) -> None:
+    kept = talk(model)
+    kept.turns = [Turn("abc", "def")]
+    with pytest.raises(UserError, match="the context 200"):
+        terminal.Terminal(kept, "tiny")._command("/edit", "a" * 400)
+    assert kept.turns == [Turn("abc", "def")]

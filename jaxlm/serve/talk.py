@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Talk:
             raise UserError("system: this model has no chat template; it continues what you write")
         self.system = system
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Pieces of the answer as they come, "" where a step said none; who stops reading stops it.
         Raises UserError for what cannot be answered, and forgets it."""
         self.turns.append(Turn(text))
@@ -79,7 +79,7 @@ class Talk:
             self.turns.pop()
             raise
 
-    def regenerate(self) -> Iterator[str]:
+    def regenerate(self) -> Generator[str]:
         """As `ask`, the last turn's answer anew: another draw. Raises UserError where none is."""
         turn = self._last()
         turn.again += 1
@@ -118,7 +118,7 @@ class Talk:
             last = {**last, "content": grounded(last["content"], self.turns[-1].sources)}
         return chat.asked(self.model.tokenizer, self.model.chat, [*before, last])
 
-    def _answer(self) -> Iterator[str]:
+    def _answer(self) -> Generator[str]:
         turn = self.turns[-1]
         if self.documents is not None:
             turn.sources = self.documents.nearest(turn.asked)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Terminal:
         for a turn that cannot be answered."""
         if self.live:
             signal.signal(signal.SIGINT, self._interrupted)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no text do not end it
         if self.talk.model.chat is None:
             self._tell(f"{self.name} has no chat template: it continues what you write")
         for line in self._typed() if self.live else map(_ended, sys.stdin):
@@ -104,8 +107,7 @@ class Terminal:
             case "/regenerate":
                 self._answer(talk.regenerate())
             case "/edit" if text:
-                talk.undo()
-                self._answer(talk.ask(text))
+                self._edit(text)
             case "/edit" if self.live and "readline" in sys.modules:
                 self._draft = talk.undo().asked
             case "/edit":
@@ -125,13 +127,23 @@ class Terminal:
             case _:
                 raise UserError(f"no such command: {name!r}; {hint(name, COMMANDS)}")
 
-    def _answer(self, pieces: Iterator[str]) -> None:
+    def _edit(self, text: str) -> None:
+        """Where the new text cannot be answered, the old one stays."""
+        before = self.talk.undo()
+        try:
+            self._answer(self.talk.ask(text))
+        except UserError:
+            self.talk.turns.append(before)
+            raise
+
+    def _answer(self, pieces: Generator[str]) -> None:
         self._stopped = False
-        for piece in pieces:
-            if not self.rows:
-                print(piece.translate(_CONTROL) if self.live else piece, end="", flush=True)
-            if self._stopped:
-                break
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                if not self.rows:
+                    print(piece.translate(_CONTROL) if self.live else piece, end="", flush=True)
+                if self._stopped:
+                    break
         turn = self.talk.turns[-1]
         if self.rows:
             row: dict[str, Any] = {

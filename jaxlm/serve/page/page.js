@@ -73,6 +73,7 @@ function greet() { list().catch(error => tell(error.message)); }
 
 function show() {
   $("tip").hidden = true; // what it is about goes
+  $("heard").replaceChildren();
   $("talk").replaceChildren(...state.turns.map((turn, i) => {
     const box = make("div", "", "turn"), user = make("article", "", "user");
     user.setAttribute("aria-label", t("you"));
@@ -209,7 +210,7 @@ async function answerLast() {
   const turn = state.turns.at(-1);
   turn.answers = names.map(model => ({model, text: "", pieces: [], error: ""}));
   running = new AbortController();
-  $("send").hidden = true; $("stop").hidden = false; $("heard").replaceChildren(); say("writing");
+  $("send").hidden = true; $("stop").hidden = false; say("writing");
   show(); save(); end(); $("ask").focus();
   let word = "done";
   await Promise.all(turn.answers.map(async (answer, k) => {
