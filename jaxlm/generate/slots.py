@@ -308,8 +308,3 @@ def _chunk(n: int) -> int:
     above = [c for c in CHUNKS if n <= c < 2 * n]
     below = [c for c in CHUNKS if c <= n]
     return above[0] if above else below[-1] if below else CHUNKS[0]
-
-
-# ---------------------------------------------------------------------------------------- programs
-#
-# All are jitted for the mesh that is set, which is part of the key.
