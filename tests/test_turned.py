@@ -114,6 +114,23 @@ def test_a_model_in_few_bits_says_nearly_the_same(one_device, bits, alike, size)
         light.generate("A", draft=light, num_beams=2)
 
 
+def test_queries_keys_and_values_of_few_heads_are_one_matrix(one_device) -> None:
+    config = dataclasses.replace(MODEL, n_heads=4, n_kv_heads=2, bias=True, qk_norm=True)
+    params = small.params(Config(model=config))
+    with jax.set_mesh(one_device):
+        laid = layout.laid_out(config, small.sharded(Config(model=config), params))
+        assert [layer["attention"]["query"].outputs[0] for layer in laid["layers"]] == [
+            8
+        ] * config.n_layers
+        found = decode.generate(config, laid, [np.arange(65, 80, dtype=np.int32)], 8, None,
+                                Sampling(0.0))[0]  # fmt: skip
+    model = LanguageModel(Bytes(), config, small.sharded(Config(model=config), params), one_device)
+    ids = np.arange(65, 80)
+    for token in found:
+        assert np.asarray(model.logits(ids[None].astype(np.int32)))[0, -1].argmax() == token
+        ids = np.append(ids, token)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_eight_devices_say_what_one_says(bits: int) -> None:

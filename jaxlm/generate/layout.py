@@ -12,11 +12,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jaxlm import mesh
 from jaxlm.config import ModelConfig
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Declared, Params
-from jaxlm.model.turned import turned
+from jaxlm.model.turned import joined, turned
 
 
 def laid_out(config: ModelConfig, params: Params, rows: int = 1, bits: int = 32) -> Params:
@@ -38,8 +40,22 @@ def _apart(config: ModelConfig, one_row: bool, bits: int, layers: Params) -> tup
             return w
         return turned(w, axes, bits)
 
+    # Keys and values of few heads are matrices too small to be read at the memory's speed.
+    few = config.kv_heads < config.n_heads and mesh.parts("heads") == 1 and not config.layer
+
     def layer(i: int) -> Params:
         own = jax.tree.map(lambda w: w[i], layers)
-        return jax.tree.map(one, table, own) if one_row or bits < 32 else own
+        if not one_row and bits == 32:
+            return own
+        own = jax.tree.map(one, table, own)
+        return _joined(own) if few else own
 
     return tuple(layer(i) for i in range(config.n_layers))
+
+
+def _joined(layer: Params) -> Params:
+    """The queries', keys' and values' matrices as one, head after head, in the queries' place."""
+    attention = layer["attention"]
+    one = joined([attention[name] for name in ("query", "key", "value")])
+    nothing = jnp.zeros(())
+    return {**layer, "attention": {**attention, "query": one, "key": nothing, "value": nothing}}

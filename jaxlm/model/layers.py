@@ -19,6 +19,7 @@ from jaxlm.model.attention import attend
 from jaxlm.model.moe import Experts, Sums
 from jaxlm.model.parts import Norm, activated, declare, dropout, plus, times
 from jaxlm.model.positions import Rope, rotate
+from jaxlm.model.turned import Turned
 from jaxlm.model_config import GATED
 
 Cache = tuple[jax.Array, jax.Array]
@@ -71,7 +72,7 @@ class Attention(nnx.Module):
             self.key_bias = declare(rngs, (g, k), ("kv_heads", "d_head"), "bias", 0.0)
             self.value_bias = declare(rngs, (g, k), ("kv_heads", "d_head"), "bias", 0.0)
             self.out_bias = declare(rngs, (d,), ("d_model",), "bias", 0.0)
-        self.has_bias = config.bias
+        self.has_bias, self.n_heads = config.bias, h
         self.over_all = config.qk_norm_over == "projection"
 
         def norm(heads: int, axis: str) -> Norm | None:
@@ -85,8 +86,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_btd: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        q_bthk = self.queries(x_btd)
-        k_bsgk, v_bsgk = self.keys_values(x_btd)
+        q_bthk, k_bsgk, v_bsgk = self.projected(x_btd)
         if context.rope is not None:
             q_bthk, k_bsgk = rotate(q_bthk, context.rope), rotate(k_bsgk, context.rope)
         if cache is not None:
@@ -112,18 +112,35 @@ class Attention(nnx.Module):
         )  # fmt: skip
         return self.outputs(y_bthk)
 
+    def projected(self, x_btd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [b, t, h, k], keys and values [b, t, g, k], before rotation: of one product where
+        `query` has the heads of all three (`generate.layout`)."""
+        w = self.query.get_value()
+        if not (isinstance(w, Turned) and w.outputs[0] > self.n_heads):
+            return self.queries(x_btd), *self.keys_values(x_btd)
+        by_head = spec(("batch", "seq", "heads", None))
+        all_btnk, h = times("btd,dhk->bthk", x_btd, self.query, by_head), self.n_heads
+        g = (all_btnk.shape[2] - h) // 2
+        q_bthk, k_btgk, v_btgk = jnp.split(all_btnk, (h, h + g), axis=2)
+        return self._queries(q_bthk), *self._keys_values(k_btgk, v_btgk)
+
     def queries(self, x_btd: jax.Array) -> jax.Array:
         """[b, t, h, k], before rotation."""
         by_head = spec(("batch", "seq", "heads", None))
-        q_bthk = times("btd,dhk->bthk", x_btd, self.query, by_head)
-        q_bthk = plus(q_bthk, self.query_bias) if self.has_bias else q_bthk
-        return self._normed(self.query_norm, q_bthk)
+        return self._queries(times("btd,dhk->bthk", x_btd, self.query, by_head))
 
     def keys_values(self, x_bsd: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[b, s, g, k] each, before rotation."""
         by_head = spec(("batch", "seq", "kv_heads", None))
         k_bsgk = times("bsd,dgk->bsgk", x_bsd, self.key, by_head)
         v_bsgk = times("bsd,dgk->bsgk", x_bsd, self.value, by_head)
+        return self._keys_values(k_bsgk, v_bsgk)
+
+    def _queries(self, q_bthk: jax.Array) -> jax.Array:
+        q_bthk = plus(q_bthk, self.query_bias) if self.has_bias else q_bthk
+        return self._normed(self.query_norm, q_bthk)
+
+    def _keys_values(self, k_bsgk: jax.Array, v_bsgk: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.has_bias:
             k_bsgk = plus(k_bsgk, self.key_bias)
             v_bsgk = plus(v_bsgk, self.value_bias)

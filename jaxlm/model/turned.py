@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,18 @@ def turned(w: jax.Array, axes: tuple[str, ...], bits: int = 32) -> Turned:
     scale_o = most_o / 127
     whole_oi = jnp.round(w_oi / scale_o[:, None]).astype(jnp.int8)
     return Turned(whole_oi, w.shape[n:], scale_o)
+
+
+def joined(each: Sequence[Turned]) -> Turned:
+    """Matrices of the same inputs as one, along the first axis of their outputs."""
+
+    def column(parts: list[Any]) -> Any:
+        return None if parts[0] is None else jnp.concatenate(parts)
+
+    outputs = (sum(w.outputs[0] for w in each), *each[0].outputs[1:])
+    columns = zip(*((w.values, w.scale, w.factors) for w in each), strict=True)
+    values, scale, factors = (column(list(parts)) for parts in columns)
+    return Turned(values, outputs, scale, factors)
 
 
 def _inputs(axes: tuple[str, ...]) -> int:
