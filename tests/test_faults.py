@@ -132,7 +132,9 @@ def interrupt_often(sittings, place, whole, folder, signum, times):
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.corrupt"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_three_interruptions_leave_the_uninterrupted_run(sittings, place, whole, tmp_path, signum):
     interrupt_often(sittings, place, whole, tmp_path / "run", signum, 3)
 

@@ -55,7 +55,7 @@ def losses(name, sizes):
     "name, sizes",
     [
         ("adamw", (2, 2, 2)), ("adamw", (8, 1, 1)), ("adamw", (1, 8, 1)), ("adamw", (1, 1, 8)),
-        ("muon", (2, 2, 2)), ("accumulation", (2, 2, 2)),
+        pytest.param("muon", (2, 2, 2), marks=pytest.mark.slow), ("accumulation", (2, 2, 2)),
     ],
 )  # fmt: skip
 def test_every_mesh_trains_as_one_device_does(name, sizes):

@@ -117,7 +117,11 @@ def assert_as_one_device(kind, axes, **model):
 
 
 @pytest.mark.parametrize(
-    "kind, axes", [("decoder", {"context": 2, "fsdp": 2}), ("moe", {"expert": 2, "stage": 2})]
+    "kind, axes",
+    [
+        ("decoder", {"context": 2, "fsdp": 2}),
+        pytest.param("moe", {"expert": 2, "stage": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_product_of_axes_trains_as_one_device_does(kind, axes):
     assert_losses_of_one_device(kind, axes, both=(("n_layers", 2),))

@@ -120,7 +120,10 @@ def test_a_message_is_answered(
     before = page.run(texts)
     page.run("document.documentElement.dataset.old = 1; location.reload()")
     page.until("document.readyState", "complete")
-    page.until("!document.documentElement.dataset.old && models.length > 0")
+    page.until(
+        "document.documentElement?.dataset.old === undefined && typeof models === 'object'"
+        " && models.length > 0"
+    )
     assert page.run(texts) == before and page.run("$('max_tokens').value") == "100"
     fill(page, max_tokens=12)
     page.run("$('talk').querySelector('button').click()")  # edit

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -332,12 +333,14 @@ def test_a_signal_is_passed_on_to_all_and_their_code_handed_back(tmp_path, signu
         sys.exit(supervisor.supervise(("train",), Path(sys.argv[1]) / "supervisor.jsonl", 2))
         """
     parent = start(code, tmp_path)
-    assert parent.stdout.readline() == parent.stdout.readline() == "here\n"
+    # Both write to one pipe, and may do so between a word and the end of its line.
+    assert sorted(parent.stdout.read(10)) == sorted("here\n" * 2)
     parent.send_signal(signum)
     said = parent.communicate(timeout=30)
     assert parent.returncode == 128 + signum, said
     assert log(tmp_path, "end")[0]["codes"] == [128 + signum] * 2
-    assert log(tmp_path)[-1]["why"].startswith("told to stop: process 0: stopped by SIG")
+    why = log(tmp_path)[-1]["why"]  # of the one that was seen to end first
+    assert re.fullmatch(r"told to stop: process [01]: stopped by SIG(TERM|INT)", why)
 
 
 def test_a_process_whose_supervisor_is_gone_leaves(tmp_path):

@@ -160,6 +160,7 @@ def test_a_sweep_from_one_command_to_its_page(tmp_path, monkeypatch, capsys):
     assert "differs in the code that it refers to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_at_a_url_is_there_for_another_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sweep = experiments.load(experiment(tmp_path / "mine", SHORT))
