@@ -67,6 +67,7 @@ def exits(*arguments):
 # ----------------------------------------------------------------------------------------- remote
 
 
+@pytest.mark.slow
 def test_a_run_at_a_url_goes_on_from_there_alone(text, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     url, config = "memory://test_api/run", tiny(text)

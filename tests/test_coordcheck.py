@@ -56,6 +56,7 @@ def spread(tmp_path: Path, chosen: Config, widths: tuple, depths: tuple) -> dict
     return found["spread"]
 
 
+@pytest.mark.slow
 def test_completep_keeps_its_size_and_standard_does_not(tmp_path: Path) -> None:
     """4 x the width and 4 x the depth at once; the control must be able to fail."""
     corpus(tmp_path)

@@ -282,6 +282,7 @@ def test_a_worker_beside_others_has_one_thread_for_its_operations():
     assert run.stdout.strip() == "1", run.stderr
 
 
+@pytest.mark.slow
 def test_shares_of_a_sweep_leave_only_the_rest_to_do(tmp_path, capsys):
     path, folder = experiment(tmp_path / "mine", SHORT), tmp_path / "sweep"
     arguments = ("sweep", f"--config={path}", f"--workdir={folder}")
