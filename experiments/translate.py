@@ -4,7 +4,7 @@ Data:     apt-get download libreoffice-help-en-us libreoffice-help-ja  (MPL-2.0)
           dpkg-deb -x; LIBREOFFICE_HELP names …/usr/share/libreoffice/help. Paragraphs and headings
           with the same id in the same page are a pair; those of at most 200 letters are taken, and
           a tenth of the sources is held out by hash. A model reads the English and the translation
-          of the most similar training source (Bulte & Tezcan 2019); needs scikit-learn.
+          of the most similar training source (Bulte & Tezcan 2019); needs jaxlm[eval].
 Command:  jaxlm finetune --config=experiments/translate.py --workdir=runs/translate \
               --config.model.d_model=32     # then 64, 128
           jaxlm evaluate --workdir=runs/translate --task=experiments/translate.py=$LIBREOFFICE_HELP

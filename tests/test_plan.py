@@ -155,6 +155,16 @@ def test_what_does_not_fit_says_what_to_change():
     assert "more chips" in steps.plan_step([huge], topology, 0.4, None).advice[0]
 
 
+def test_where_only_the_state_is_too_much_it_is_advised_to_offload():
+    config = ROWS["llama8b-8"][0]
+    config = replace(config, model=replace(config.model, seq_len=1024))
+    topology = chips.topology("v5e:2x4")
+    [line] = search.advice(config, topology)
+    assert line.startswith("config.optimizer.offload=True: about ")
+    config = replace(config, optimizer=replace(config.optimizer, offload=True))
+    assert search.memory_gib(config, topology) < topology.chip.hbm_gib
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_what_is_reckoned_is_near_what_a_compiler_found(name):
     """The rows of docs/results/aot.md: state to 1 %, what lives within a step to 35 %."""

@@ -119,8 +119,9 @@ def _changes(config: Config, topology: Topology) -> Iterator[tuple[str, Config]]
                                   tensor=shape["tensor"] * n)  # fmt: skip
         text = f"config.mesh.data={topology.slices}, fsdp=-1 and tensor={cut.tensor}"
         yield text, dataclasses.replace(config, mesh=cut)
-    offloaded = dataclasses.replace(config.optimizer, offload=True)
-    yield "config.optimizer.offload=True", dataclasses.replace(config, optimizer=offloaded)
+    if not config.optimizer.offload:
+        offloaded = dataclasses.replace(config.optimizer, offload=True)
+        yield "config.optimizer.offload=True", dataclasses.replace(config, optimizer=offloaded)
 
 
 def memory_gib(config: Config, topology: Topology) -> float | None:
