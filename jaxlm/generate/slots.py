@@ -61,7 +61,7 @@ class Token(NamedTuple):
     id: int
     log_prob: float  # of the model: before penalties, bias, temperature and filters
     top: list[tuple[int, float]]  # the most likely ids and their log-probabilities
-    finish: Finish | None  # "stop": it is one of `ends`, or nothing more may come; then row is free
+    finish: Finish | None  # "stop": one of `ends`, or nothing may follow; any of them frees the row
 
 
 @dataclass
