@@ -1,8 +1,8 @@
-"""XLA's compiler options by chip, for `train.xla_preset`.
+"""XLA's compiler options by chip.
 
-Names and purposes are those of MaxText's list of flags found useful for language models on TPUs;
-each is checked against libtpu's compiler in a test, alone and on a whole train step. What they gain
-was not measured: no TPU.
+Names and purposes of `train.xla_preset`'s are those of MaxText's list of flags found useful for
+language models on TPUs; each is checked against libtpu's compiler in a test, alone and on a whole
+train step. What they gain was not measured: no TPU.
 """
 
 from __future__ import annotations
@@ -49,3 +49,10 @@ def exact(shards: int, device_kind: str) -> dict[str, bool]:
     many threads there are."""
     threads = {"xla_cpu_multi_thread_eigen": False} if device_kind.lower() == "cpu" else {}
     return {"xla_allow_excess_precision": False} | threads if shards else {}
+
+
+def decoding(device_kind: str) -> dict[str, int]:
+    """Of a program that makes steps of one token. On a CPU a product with one vector then reads a
+    line of the cache, 64 bytes, of each row at a time, where the processor can; XLA's own choice
+    is half of one (docs/performance.md)."""
+    return {"xla_cpu_prefer_vector_width": 512} if device_kind.lower() == "cpu" else {}

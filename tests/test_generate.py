@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from scipy import stats
 from jaxlm import mesh
 from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.data.tokenizer import Bytes, create
-from jaxlm.generate import decode, sampling, watch
+from jaxlm.generate import decode, layout, sampling, watch
 from jaxlm.generate.sampling import Sampling
 from jaxlm.model import transformer
 from jaxlm.model_config import MoE
@@ -220,6 +222,21 @@ def test_eight_devices_say_what_one_says():
         np.testing.assert_array_equal(found, drawn)
         (top,) = decode.expected(TINY, there, PROMPTS[2:], 4)
     np.testing.assert_allclose([share for _, share in top], p[[i for i, _ in top]], rtol=1e-4)
+
+
+def test_a_step_of_one_row_writes_the_cache_where_it_lies():
+    config = dataclasses.replace(TINY, n_layers=1)
+    here, prompt, how = jax.sharding.get_mesh(), PROMPTS[1:2], Sampling(0.0)
+    method = sampling.method([how])
+    streams_b2, knobs, said = decode._choice(config, prompt, how, method)
+    laid = layout.laid_out(config, make_params(config))
+    begun, running = decode._starter(config, 16, here)(laid, decode.place(prompt), said)
+    program = decode._decoder(config, method, here)
+    given = laid, begun, running, streams_b2, knobs, np.int32(4), np.int32(-1)
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program.lower(*given).compile().as_text())
+    copied = [math.prod(map(int, shape.split(","))) for shape in shapes]
+    assert running.cache[0][0].size == 2 * 32 * config.head_dim  # 16 of the prompt, 16 new
+    assert running.cache[0][0].size not in copied
 
 
 def test_growing_prompts_and_other_settings_seldom_compile_again():

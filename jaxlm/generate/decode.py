@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from jaxlm import mesh
+from jaxlm import mesh, xla
 from jaxlm.config import ModelConfig
 from jaxlm.generate import layout
 from jaxlm.generate import sampling as draws
@@ -171,7 +171,7 @@ class Running(NamedTuple):
     done_b: jax.Array  # bool
     out_bn: jax.Array  # int32, -1 from a row's end on
     log_probs_bn: jax.Array  # float32
-    cache: tuple[Cache, ...]
+    cache: tuple[Cache, ...]  # of one row: without its axis
     said: Said
 
 
@@ -185,7 +185,9 @@ def _starter(config: ModelConfig, new: int, devices: Any) -> Any:
         out_bn = jnp.full(shape, _NONE, jnp.int32, out_sharding=spec(("batch", None)))
         log_probs_bn = jnp.zeros(shape, jnp.float32, out_sharding=spec(("batch", None)))
         rows = begun.last_b, begun.lengths_b == 0, out_bn, log_probs_bn
-        return begun._replace(cache=()), Running(jnp.int32(0), *rows, begun.cache, said)
+        alone = shape[0] == 1 and not config.layer  # which may see to its cache in a way of its own
+        cache = jax.tree.map(lambda a: a[0], begun.cache) if alone else begun.cache
+        return begun._replace(cache=()), Running(jnp.int32(0), *rows, cache, said)
 
     return jax.jit(start)
 
@@ -220,7 +222,8 @@ def _decoder(config: ModelConfig, method: Method, devices: Any) -> Any:
         found = running.out_bn, running.log_probs_bn
         return running, [jax.reshard(a, P(None, None)) for a in found]
 
-    return jax.jit(decode, donate_argnums=(2,))
+    options = xla.decoding(mesh.device_kind())
+    return jax.jit(decode, donate_argnums=(2,), compiler_options=options or None)
 
 
 class Begun(NamedTuple):

@@ -24,7 +24,9 @@ from jaxlm.model_config import GATED
 
 Cache = tuple[jax.Array, jax.Array]
 """Keys [b, g, k, s] and values [b, g, s, k] of one layer: as the two products of attention read
-them, or else each step turns all of them round."""
+them, or else each step turns all of them round. Of a single row they may be without its axis, as
+XLA's products are: a loop of steps then writes them in place, and else copies them three times a
+step (docs/performance.md)."""
 
 
 class Memory(NamedTuple):
@@ -168,9 +170,12 @@ def put(cache: Cache, k_btgk: jax.Array, v_btgk: jax.Array, context: Context) ->
     k_btgk, v_btgk = k_btgk.astype(keys_cgks.dtype), v_btgk.astype(values_cgsk.dtype)
     if context.rows is None:
         k_bgkt, v_bgtk = k_btgk.transpose(0, 2, 3, 1), v_btgk.transpose(0, 2, 1, 3)
+        if keys_cgks.ndim == 3:
+            k_bgkt, v_bgtk = k_bgkt[0], v_bgtk[0]
+        first = (0,) * (keys_cgks.ndim - 2)
         return (
-            jax.lax.dynamic_update_slice(keys_cgks, k_bgkt, (0, 0, 0, context.offset)),
-            jax.lax.dynamic_update_slice(values_cgsk, v_bgtk, (0, 0, context.offset, 0)),
+            jax.lax.dynamic_update_slice(keys_cgks, k_bgkt, (*first, 0, context.offset)),
+            jax.lax.dynamic_update_slice(values_cgsk, v_bgtk, (*first, context.offset, 0)),
         )
     rows_b1 = context.rows[:, None]
     at_bt = jnp.reshape(context.offset, (-1, 1)) + jnp.arange(k_btgk.shape[1])
@@ -184,6 +189,8 @@ def held(cache: Cache, context: Context) -> tuple[jax.Array, jax.Array]:
     """Keys and values [b, s, g, k] that the cache's rows hold, in as many slots as there are
     segments."""
     keys_bgks, values_bgsk = cache
+    if keys_bgks.ndim == 3:
+        keys_bgks, values_bgsk = keys_bgks[None], values_bgsk[None]
     if context.rows is not None:
         s = context.segments_bs.shape[1]
         layout = spec(("batch", "kv_heads", None, None))
