@@ -186,6 +186,21 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class Horizon:
+    """How batch and learning rate of a ladder's runs follow their tokens D. The best batch grows
+    with D alone (Bergsma et al. 2025, arXiv 2505.13738), the best rate with the root of the batch
+    (Malladi et al. 2022, arXiv 2205.10287) and falls with D at a given batch:
+
+        global_batch_size = base x (D/tokens)^batch_power, to a factor of 2^k
+        learning_rate     = base x (global_batch_size/base)^(1/2) x (D/tokens)^rate_power
+    """
+
+    tokens: float = doc(0.0, "where the base's batch and rate are right; 0: every run takes them")
+    batch_power: float = doc(0.4, "of the batch in D")
+    rate_power: float = doc(-0.3, "of the learning rate in D, at a given batch")
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A ladder of runs, the fit they carry, and the rung that tests it."""
 
@@ -193,6 +208,7 @@ class Sweep:
     seed: int = doc(0, "added to the seed of every member")
     base: Config = part(Config)
     rungs: tuple[Rung, ...] = doc((), "what is run and fitted")
+    horizon: Horizon = part(Horizon)
     holdout_flops: float = doc(0.0, "budget of the held-out run; 0: none")
     holdout_shapes: tuple[Shape, ...] = doc((), "sizes it may take: the one nearest the prediction")
     estimator: Literal["approach1", "approach2", "approach3"] = doc(

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.config import Config, DataConfig, ModelConfig, Rung, Shape, Sweep, TrainConfig
+from jaxlm.config import Config, DataConfig, Horizon, ModelConfig, Rung, Shape, Sweep, TrainConfig
 from jaxlm.data import loader, shards, subset
 from jaxlm.files import write_json
 from jaxlm.model.scale import size
 from jaxlm.model_config import MoE
 from jaxlm.scaling import columns
 from jaxlm.scaling.forms import FORMS
-from jaxlm.scaling.ladder import dial, grid, members
+from jaxlm.scaling.ladder import candidates, dial, grid, members
 from jaxlm.scaling.lint import after, lint
 from jaxlm.schema import UserError, to_dict
 from jaxlm.train import record
@@ -58,6 +58,37 @@ def test_what_varies_changes_the_steps_and_not_the_budget() -> None:
             assert m.config.seed == 3
     with pytest.raises(UserError, match="read the same tokens"):
         members(dataclasses.replace(sweep, vary=(("model.vocab_size", (256, 512)),)))
+
+
+def test_batch_and_rate_follow_the_horizon() -> None:
+    """16 and 1/4 times the tokens at which the base is right, each within its own budget."""
+    d0 = 32 * 4 * 1000
+    cost = size(BASE.model).flops_per_token
+    at = {k: float(f"{k * d0 * cost:.6g}") for k in (0.25, 1, 16)}
+    shapes = (Shape(32, 2),)
+    sweep = Sweep(
+        base=BASE,
+        rungs=tuple(Rung(flops, shapes) for flops in at.values()),
+        horizon=Horizon(tokens=d0, batch_power=0.5, rate_power=-0.3),
+        holdout_flops=at[16],
+        holdout_shapes=shapes,
+    )
+    found = dict(zip(at, (m.config for m in members(sweep)), strict=True))
+    assert {k: c.train.global_batch_size for k, c in found.items()} == {0.25: 2, 1: 4, 16: 16}
+    for ratio, root in ((0.25, 0.5**0.5), (1, 1), (16, 2)):
+        rate = BASE.optimizer.learning_rate * root * ratio**-0.3
+        assert found[ratio].optimizer.learning_rate == pytest.approx(rate, rel=1e-3)
+        assert found[ratio].tokens == pytest.approx(ratio * d0, rel=0.06)
+    assert candidates(sweep)[0].config.train == found[16].train
+
+    # What is varied is the base's, and each choice follows the horizon from there.
+    twice = dataclasses.replace(sweep, vary=(("optimizer.learning_rate", (1e-3, 2e-3)),))
+    low, high = [m.config.optimizer.learning_rate for m in members(twice)][-2:]
+    assert high == pytest.approx(2 * low, rel=1e-3) and low == pytest.approx(
+        1e-3 * 2 * 16**-0.3, rel=1e-3
+    )
+    with pytest.raises(UserError, match="expected 0 with"):
+        members(dataclasses.replace(sweep, branches=True))
 
 
 def test_lint_of_grids() -> None:

@@ -88,6 +88,23 @@ ENTRIES = {
   year      = {2016}
 }
 """,
+    "bergsma2025power": """\
+@inproceedings{bergsma2025power,
+  title     = {Power Lines: Scaling Laws for Weight Decay and Batch Size in {LLM} Pre-training},
+  author    = {Bergsma, Shane and Dey, Nolan and Gosal, Gurpreet and Gray, Gavia and Soboleva, Daria
+               and Hestness, Joel},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2025}
+}
+""",
+    "malladi2022sdes": """\
+@inproceedings{malladi2022sdes,
+  title     = {On the {SDEs} and Scaling Rules for Adaptive Gradient Algorithms},
+  author    = {Malladi, Sadhika and Lyu, Kaifeng and Panigrahi, Abhishek and Arora, Sanjeev},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022}
+}
+""",
 }
 
 
@@ -96,6 +113,7 @@ def used(sweep: Json) -> str:
     base = part(sweep.get("base"))
     model, optimizer = part(base.get("model")), part(base.get("optimizer"))
     kind, name = model.get("parametrization"), optimizer.get("name")
+    follows = bool(part(sweep.get("horizon")).get("tokens"))
     asked = {
         "kaplan2020scaling": True,
         "hoffmann2022training": True,
@@ -107,5 +125,7 @@ def used(sweep: Json) -> str:
         "hu2024minicpm": optimizer.get("schedule") == "wsd",
         "hagele2024scaling": bool(sweep.get("branches")),
         "jamieson2016non": bool(sweep.get("halve")),
+        "bergsma2025power": follows,
+        "malladi2022sdes": follows,
     }
     return "\n".join(ENTRIES[key] for key, wanted in asked.items() if wanted)

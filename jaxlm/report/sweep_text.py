@@ -211,6 +211,14 @@ def methods(sweep: SweepFolder) -> list[str]:
         "the run; bits per byte divide by the bytes of the text.",
     ]
     text += recipe(base)
+    follows = part(part(sweep.sweep.get("sweep")).get("horizon"))
+    if at := number(follows.get("tokens")):
+        text.append(
+            f"Batch and learning rate follow a run's tokens D, as above at {general(at, 3)}: the "
+            f"batch as D^{general(number(follows.get('batch_power')), 3)}, to a factor of 2^k "
+            "(Bergsma et al. 2025), the rate as the root of the batch (Malladi et al. 2022) times "
+            f"D^{general(number(follows.get('rate_power')), 3)}."
+        )
     if halved := part(sweep.sweep.get("sweep")).get("halve"):
         text.append(
             "Of members that differ only in what is varied, the worse half by training loss ended "

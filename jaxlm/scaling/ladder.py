@@ -10,10 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlm.config import Config, ModelConfig, Rung, Shape, Sweep, validate
+from jaxlm.config import Config, Horizon, ModelConfig, Rung, Shape, Sweep, validate
 from jaxlm.model.scale import size
 from jaxlm.schema import UserError, override
 from jaxlm.train.record import Role
+
+EVERYWHERE = Horizon()
+_FOLLOW = ("optimizer.learning_rate", "train.global_batch_size")  # a horizon
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,20 @@ def sized(model: ModelConfig, shape: Shape, where: str = "rungs") -> ModelConfig
     )
 
 
-def at_budget(base: Config, shape: Shape, flops: float, seed: int, where: str = "rungs") -> Config:
+def at_budget(
+    base: Config,
+    shape: Shape,
+    flops: float,
+    seed: int,
+    horizon: Horizon = EVERYWHERE,
+    where: str = "rungs",
+) -> Config:
     """`base` at this size for this many training FLOPs, in whole dispatches of steps."""
     model = sized(base.model, shape, where)
-    batch_tokens = base.train.global_batch_size * model.seq_len
+    tokens = flops / size(model).flops_per_token
+    base = at_horizon(base, horizon, tokens)
     k = base.train.steps_per_dispatch
-    steps = max(1, round(flops / (size(model).flops_per_token * batch_tokens * k))) * k
+    steps = max(1, round(tokens / (base.train.global_batch_size * model.seq_len * k))) * k
     name = f"c{_short(flops)}-d{shape.d_model}-l{shape.n_layers}-s{seed}"
     return dataclasses.replace(
         base,
@@ -65,6 +76,22 @@ def at_budget(base: Config, shape: Shape, flops: float, seed: int, where: str = 
         seed=seed,
         model=model,
         train=dataclasses.replace(base.train, steps=steps),
+    )
+
+
+def at_horizon(base: Config, horizon: Horizon, tokens: float) -> Config:
+    """`base` with the batch and the learning rate that `horizon` gives a run of so many tokens."""
+    if not horizon.tokens:
+        return base
+    ratio = tokens / horizon.tokens
+    doublings = round(horizon.batch_power * math.log2(ratio))
+    batch = max(1, round(base.train.global_batch_size * 2.0**doublings))
+    grown = batch / base.train.global_batch_size
+    rate = base.optimizer.learning_rate * math.sqrt(grown) * ratio**horizon.rate_power
+    return dataclasses.replace(
+        base,
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=float(f"{rate:.4g}")),
+        train=dataclasses.replace(base.train, global_batch_size=batch),
     )
 
 
@@ -104,6 +131,11 @@ def members(sweep: Sweep) -> list[Member]:
 
     The replicates of a rung are further seeds of its middle size. Raises UserError.
     """
+    if sweep.horizon.tokens and sweep.branches:
+        raise UserError(
+            "config.horizon.tokens: expected 0 with config.branches, got"
+            f" {sweep.horizon.tokens:g}: the runs of a trunk share their batch and rate"
+        )
     found = [
         Member(config, role, rung.flops)
         for rung in sweep.rungs
@@ -139,12 +171,16 @@ def _varied(sweep: Sweep, shape: Shape, flops: float, seed: int) -> Iterator[Con
             raise UserError(f"config.vary: {field}: all members of a sweep read the same tokens")
     for values in itertools.product(*(choices for _, choices in sweep.vary)):
 
-        def put(config: Config, values: tuple[Any, ...] = values) -> Config:
+        def put(
+            config: Config, but: Sequence[str] = (), values: tuple[Any, ...] = values
+        ) -> Config:
             for field, value in zip(fields, values, strict=True):
-                config = override(config, field, value, "config.vary")
+                if field not in but:
+                    config = override(config, field, value, "config.vary")
             return config
 
-        changed = put(at_budget(put(sweep.base), shape, flops, seed))
+        changed = at_budget(put(sweep.base), shape, flops, seed, sweep.horizon)
+        changed = put(changed, _FOLLOW if sweep.horizon.tokens else ())
         marks = [f"{f.rpartition('.')[2]}={v}" for f, v in zip(fields, values, strict=True)]
         name = re.sub(r"[^\w.=+-]+", "_", "-".join([changed.name, *marks]))  # it names a folder
         yield dataclasses.replace(changed, name=name)
@@ -164,7 +200,9 @@ def candidates(sweep: Sweep) -> list[Member]:
     if sweep.holdout_flops and not sweep.holdout_shapes:
         raise UserError("config.holdout_shapes: expected at least one size for the held-out run")
     found = [
-        at_budget(sweep.base, shape, sweep.holdout_flops, sweep.seed, "holdout_shapes")
+        at_budget(
+            sweep.base, shape, sweep.holdout_flops, sweep.seed, sweep.horizon, "holdout_shapes"
+        )
         for shape in (sweep.holdout_shapes if sweep.holdout_flops else ())
     ]
     return [Member(validate(c, c.name), "holdout", sweep.holdout_flops) for c in found]
