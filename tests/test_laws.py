@@ -1,19 +1,20 @@
 """The fits against planted laws, independent optimisers and published numbers.
 
-Share of 400 planted ladders (15 runs at three budgets, 0.6 % noise, prediction at four times the
-largest) whose 95 % interval held the truth, and the median half-width of the predicted loss, as
-`test_measured_coverage` prints them; `run` is the measured loss of a run at the predicted size:
+Share of planted ladders (15 runs at three budgets, 0.6 % noise, prediction at four times the
+largest; 200 resamples; 500 ladders, 200 for approach 1) whose 95 % interval held the truth, and the
+median half-width of the predicted loss, as `test_measured_coverage` prints them; `run` is the
+measured loss of a run at the predicted size:
 
-    E    alpha beta   approach  a     alpha  beta   best loss  run    half-width
-    0.5  0.36  0.40   1         .993                .988       .983   3.9 %
-                      2         .948                .980       .973   3.7 %
-                      3         .958  .970   .975   .968       .978   3.0 %
-    0.5  0.34  0.28   1         .993                .978       .973   3.8 %
-                      2         .945                .968       .975   3.5 %
-                      3         .958  .973   .970   .968       .978   2.8 %
-    0.9  0.50  0.55   1         .990                .965       .973   3.9 %
-                      2         .948                .970       .960   3.7 %
-                      3         .960  .970   .975   .973       .975   3.0 %
+    E    alpha beta   approach  a     N*    alpha  beta   best loss  run    half-width
+    0.5  0.36  0.40   1         .975  .975                .995       .995   3.9 %
+                      2         .946  .938                .982       .974   3.6 %
+                      3         .960  .964  .974   .972   .970       .972   2.9 %
+    0.5  0.34  0.28   1         .980  .970                .985       .990   3.8 %
+                      2         .946  .946                .968       .966   3.4 %
+                      3         .962  .968  .974   .970   .964       .976   2.7 %
+    0.9  0.50  0.55   1         .980  .975                .965       .970   3.8 %
+                      2         .944  .936                .976       .972   3.7 %
+                      3         .960  .968  .976   .976   .968       .974   2.9 %
 """
 
 from __future__ import annotations
@@ -344,6 +345,7 @@ def coverage(law: Law, draws: int, resamples: int, approaches: Sequence[int]) ->
             inside = {k: (fits[name]["ci95"][k], getattr(law, k)) for k in ("a",)}
             if number == 3:
                 inside |= {k: (fits[name]["ci95"][k], getattr(law, k)) for k in ("alpha", "beta")}
+            inside["N*"] = (found["params_ci95"], law.best_size(HELD_OUT))
             inside["best loss"] = (found["ci95_law"], law.best_loss(HELD_OUT))
             inside["run"] = (found["ci95"], measured)
             for key, ((low, high), truth) in inside.items():
@@ -364,10 +366,11 @@ def test_intervals_cover() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("law", [QUICK, Law(0.5, 0.34, 0.28), Law(0.9, 0.5, 0.55)])
 def test_measured_coverage(law: Law) -> None:
-    found = coverage(law, 400, 400, (1, 2, 3))
+    found = coverage(law, 200, 200, (1,)) | coverage(law, 500, 200, (2, 3))
     print(law, {k: round(v, 3) for k, v in found.items()})
     for key, share in found.items():
-        assert share < 0.05 if "half-width" in key else share >= 0.90, (key, share)
+        least, most = (0.90, 1.0) if key.startswith("1") else (0.92, 0.985)
+        assert share < 0.05 if "half-width" in key else least <= share <= most, (key, share)
 
 
 # ------------------------------------------------------------------------------- published numbers
