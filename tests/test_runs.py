@@ -74,6 +74,7 @@ def test_two_of_three_suffice(tmp_path_factory, params: float, tokens: float, go
         (HEADER + "1e6,6e13,3.5,red\n2e6,lots,3.1,blue\n", COLUMNS,
          "runs.csv:3: column 'Training FLOP': expected a number above 0, got 'lots'"),
         (HEADER + "1e6,6e13,,red\n", COLUMNS, "runs.csv:2: column 'loss'"),
+        (HEADER + "1e6,6e13,,crashed\n", COLUMNS, "--where=COLUMN=VALUE leaves rows out"),
         (HEADER + "-1e6,6e13,3.5,red\n", COLUMNS, "got '-1e6'"),
         (HEADER + "1e6,6e13,nan,red\n", COLUMNS, "got 'nan'"),
         (HEADER + "1e6,6e13\n", COLUMNS, "runs.csv:2: expected 4 cells, got 2"),

@@ -115,7 +115,10 @@ def number(where: str, column: str, text: str, signed: bool = False) -> float:
         value = math.nan
     if not math.isfinite(value) or (value <= 0 and not signed):
         kind = "a number" if signed else "a number above 0"
-        raise UserError(f"{where}: column {column!r}: expected {kind}, got {text!r}")
+        raise UserError(
+            f"{where}: column {column!r}: expected {kind}, got {text!r};"
+            " --where=COLUMN=VALUE leaves rows out"
+        )
     return value
 
 
