@@ -83,6 +83,14 @@ def test_a_planted_law_without_noise_is_found_exactly(name: str) -> None:
     assert found["left_out"]["largest"]["rms"] < 1e-9  # the largest is foretold exactly
 
 
+def test_below_the_floor_of_one_loss_the_other_is_at_its_own() -> None:
+    """As resamples have it whose E0 lies above the point that is asked for."""
+    law = robust.law(
+        FORMS["loss-to-loss"], TRUE["loss-to-loss"], {"loss_from": np.array([1.2, 1.5])}
+    )
+    assert law == pytest.approx(TRUE["loss-to-loss"]["E1"])
+
+
 def kaplan_objective(theta: np.ndarray, data: Columns) -> float:
     """Kaplan et al. 2020, eq. 1.5 in logarithms, with scipy's log-sum-exp and Huber loss."""
     log_a, log_b, alpha_n, alpha_d = theta

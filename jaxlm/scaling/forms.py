@@ -136,7 +136,9 @@ def _moe(p: P, c: P) -> tuple[Any, ...]:
 
 
 def _loss_to_loss(p: P, c: P) -> tuple[Any, ...]:
-    return p["kappa"] * jnp.log(c["loss_from"] - p["E0"]), 0.0
+    # From the floor E0 on the other loss is at its own: a resampled E0 may lie above a point asked.
+    above = jnp.maximum(c["loss_from"] - p["E0"], 1e-30)
+    return p["kappa"] * jnp.log(above), 0.0
 
 
 def _downstream(p: P, c: P) -> tuple[Any, ...]:
