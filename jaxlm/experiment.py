@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ def located(experiment: Config | Sweep, folder: str | Path = ".") -> Any:
     """
     if isinstance(experiment, Sweep):
         sweep = checked(experiment, "config")
-        for name in ("holdout_flops", "workers", "bootstrap"):
-            if getattr(sweep, name) < 0:
-                raise UserError(f"config.{name}: expected at least 0, got {getattr(sweep, name)}")
+        for name in ("holdout_flops", "workers", "bootstrap", "horizon.tokens"):
+            if (value := attrgetter(name)(sweep)) < 0:
+                raise UserError(f"config.{name}: expected at least 0, got {value:g}")
         base = _located(validate(sweep.base, "config.base"), Path(folder), "config.base")
         return dataclasses.replace(sweep, base=base)
     return _located(validate(experiment), Path(folder), "config")

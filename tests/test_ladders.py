@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm.config import Config, DataConfig, Horizon, ModelConfig, Rung, Shape, Sweep, TrainConfig
 from jaxlm.data import loader, shards, subset
+from jaxlm.experiment import located
 from jaxlm.files import write_json
 from jaxlm.model.scale import size
 from jaxlm.model_config import MoE
@@ -89,6 +90,8 @@ def test_batch_and_rate_follow_the_horizon() -> None:
     )
     with pytest.raises(UserError, match="expected 0 with"):
         members(dataclasses.replace(sweep, branches=True))
+    with pytest.raises(UserError, match=r"config\.horizon\.tokens: expected at least 0, got -1"):
+        located(dataclasses.replace(sweep, horizon=Horizon(tokens=-1)))
 
 
 def test_lint_of_grids() -> None:
