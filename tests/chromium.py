@@ -25,6 +25,10 @@ os.execv(sys.argv[3], sys.argv[3:])
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
+class Navigated(Exception):
+    """The page went to another document before it answered."""
+
+
 class Page:
     """One page: `run` evaluates JavaScript, `press` is a real key; `events` are what it told."""
 
@@ -45,6 +49,8 @@ class Page:
                 raw += byte
             answer = json.loads(raw)
             if answer.get("id") == self.count:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Navigated
                 assert "error" not in answer, answer
                 return answer["result"]
             self.events.append(answer)
@@ -69,8 +75,11 @@ class Page:
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
     def until(self, code: str, want: Any = True, seconds: float = 10) -> None:
-        end = time.monotonic() + seconds
-        while (found := self.run(code)) != want:
+        end, found = time.monotonic() + seconds, None
+        while True:
+            with contextlib.suppress(Navigated):  # a reload is under way
+                if (found := self.run(code)) == want:
+                    return
             assert time.monotonic() < end, f"{code} is {found!r}, not {want!r}"
             time.sleep(0.02)
 

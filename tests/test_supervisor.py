@@ -114,14 +114,14 @@ def disturb_often(place, sittings, whole, folder, seed, events, heartbeat_s):
     return [row["after_s"] for row in log(folder, "recovered")]
 
 
-def test_three_faults_leave_the_undisturbed_run(place, sittings, whole, tmp_path):
-    events = ["kill", "stop", "term"]
+def test_two_faults_leave_the_undisturbed_run(place, sittings, whole, tmp_path):
+    events = ["kill", "term"]
     disturb_often(place, sittings, whole, tmp_path / "run", 0, events, 4.0)
     found = supervisor.goodput(log(tmp_path / "run"))
-    assert 0 < found.useful_s < found.wall_s and found.starts == 4
+    assert 0 < found.useful_s < found.wall_s and found.starts == 3
     assert sittings.run(*supervised(place, tmp_path / "run", "--status")) == 0
     assert f"finished; goodput {found.share:.1%} (" in sittings.log.read_text()
-    assert "started again 3 times" in sittings.log.read_text()
+    assert "started again 2 times" in sittings.log.read_text()
 
 
 @pytest.mark.slow
@@ -275,6 +275,7 @@ def test_a_run_that_comes_no_further_is_given_up(supervise):
     assert {row["first"] for row in found if row["event"] == "end"} == {20}
 
 
+@pytest.mark.slow
 def test_one_that_comes_further_at_each_start_is_not(supervise, tmp_path):
     body = f"""
 starts = open({str(tmp_path / "starts")!r}, "a+")
