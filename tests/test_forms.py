@@ -216,6 +216,7 @@ def coverage(name: str, draws: int, resamples: int, how: str = "runs") -> dict[s
     return {k: float(np.mean(v)) for k, v in hits.items()}
 
 
+@pytest.mark.slow
 def test_intervals_cover() -> None:
     """Of 40 draws a true 95 % interval misses more than six once in a hundred times."""
     for key, share in coverage("saturating", 40, 100).items():
